@@ -1,0 +1,1 @@
+"""The shared core of kvmove: the move protocol as pure state machines, and what a scenario file means."""

@@ -1,0 +1,51 @@
+"""Tokens to chunk keys. Equal prefixes have equal keys in every process, with no environment variable to set."""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from typing import List, Optional, Sequence, Tuple
+
+from kvcore.protocol.messages import Key, Namespace
+
+KEY_BYTES = 32
+
+
+def root_key(namespace: Namespace, adapter: str = "", salt: str = "") -> Key:
+    """The seed of a namespace's keys. Fields are tagged and length-prefixed, so no two namespaces look alike (F30)."""
+    digest = hashlib.blake2b(b"kvmove keys 1", digest_size=KEY_BYTES)
+    fields = [(name, str(getattr(namespace, name))) for name in namespace.__struct_fields__]
+    for name, value in [*fields, ("adapter", adapter), ("salt", salt)]:
+        for part in (name.encode(), value.encode()):
+            digest.update(struct.pack("<I", len(part)) + part)
+    return digest.digest()
+
+
+def chunk_keys(
+    namespace: Namespace, tokens: Sequence[int], adapter: str = "", salt: str = ""
+) -> Tuple[Tuple[Key, ...], Tuple[int, ...]]:
+    """(keys, lens) of a token sequence; the last chunk may be short. Token ids are unsigned 32-bit.
+
+    A short chunk's key differs from that of the longer chunk it begins: the digest covers its length.
+    """
+    size = namespace.chunk_tokens
+    previous = root_key(namespace, adapter, salt)
+    keys: List[Key] = []
+    lens: List[int] = []
+    for start in range(0, len(tokens), size):
+        part = tokens[start : start + size]
+        body = struct.pack(f"<I{len(part)}I", len(part), *part)
+        previous = hashlib.blake2b(previous + body, digest_size=KEY_BYTES).digest()
+        keys.append(previous)
+        lens.append(len(part))
+    return tuple(keys), tuple(lens)
+
+
+def namespace_mismatch(one: Namespace, other: Namespace) -> Optional[Tuple[str, str]]:
+    """None if KV of the two is interchangeable; else both sides' values of the fields that differ."""
+    if one == other:
+        return None
+    names = [name for name in one.__struct_fields__ if getattr(one, name) != getattr(other, name)]
+    left = ", ".join(f"{name}={getattr(one, name)}" for name in names)
+    right = ", ".join(f"{name}={getattr(other, name)}" for name in names)
+    return left, right

@@ -1,0 +1,474 @@
+"""What nodes say to one another: one struct a message, and that struct is the wire, the log and the YAML form.
+
+Every message may be lost, doubled, late or reordered; handlers are idempotent. Messages of the controller carry its
+``incarnation`` (a worker refuses a lower one than it has seen, H28) and the ``event`` they belong to. An answer names
+its sender's life by ``inc``, ``pid`` or ``epoch``; the sender's address comes with the frame.
+"""
+
+from __future__ import annotations
+
+from typing import Tuple, Union
+
+import msgspec
+
+Key = bytes
+"""A chunk's key: a cryptographic digest over the namespace, the chunk's tokens and all tokens before it."""
+
+Inc = Tuple[int, int]
+"""A location's incarnation: (epoch of its process, number of clears)."""
+
+Pid = Tuple[int, int]
+"""A pin's id: (epoch of the source, counter). Fresh for every life of a pin, so it is fence and permission alike."""
+
+Rid = Tuple[int, int]
+"""A reservation's id: (epoch of the destination, counter). Rises within an epoch."""
+
+NO_ID: Tuple[int, int] = (0, 0)
+
+
+class Message(msgspec.Struct, frozen=True, gc=False, tag=True, omit_defaults=True, forbid_unknown_fields=True):
+    """Base of all that travels. ``gc=False`` is safe: messages hold ints, strings, bytes and tuples of these."""
+
+
+class Namespace(msgspec.Struct, frozen=True, gc=False, omit_defaults=True, forbid_unknown_fields=True):
+    """What must be equal for two instances' KV to be interchangeable. Part of every key; compared before every move."""
+
+    model: str = "synthetic"
+    weights: str = ""
+    dtype: str = "bfloat16"
+    kv_layout: str = "layers-first"
+    chunk_tokens: int = 256
+    ranks: int = 1
+    bytes_per_token: int = 131072
+    """Of one rank's shard."""
+
+
+class Location(msgspec.Struct, frozen=True, gc=False, omit_defaults=True, forbid_unknown_fields=True):
+    """One location of one rank: a name and its capacity in slots of one chunk each."""
+
+    name: str
+    slots: int
+
+
+class Entry(msgspec.Struct, frozen=True, gc=False, omit_defaults=True, array_like=True):
+    """A visible chunk as inventories carry it. ``parent`` is b"" for a root; ``last_use_ns`` orders drains only."""
+
+    key: Key
+    parent: Key = b""
+    num_tokens: int = 0
+    last_use_ns: int = 0
+
+
+# ---- registration and inventory -------------------------------------------------------------------------------------
+class Register(Message, frozen=True, gc=False):
+    """worker -> controller. ``nonce`` is fresh for each process; ``endpoint`` is the driver's, opaque here."""
+
+    instance: str
+    rank: int
+    nonce: int
+    namespace: Namespace
+    locations: Tuple[Location, ...]
+    endpoint: str = ""
+    since_ns: int = 0
+    version: int = 1
+
+
+class Registered(Message, frozen=True, gc=False):
+    incarnation: int
+    nonce: int
+    epoch: int
+
+
+class RegisterRefused(Message, frozen=True, gc=False):
+    """controller -> worker. ``why``: duplicate_id, mismatch or version; ``have`` and ``got`` are the two values."""
+
+    incarnation: int
+    nonce: int
+    why: str
+    have: str
+    got: str
+
+
+class Probe(Message, frozen=True, gc=False):
+    incarnation: int
+    nonce: int
+
+
+class Alive(Message, frozen=True, gc=False):
+    """worker -> controller. ``epoch`` 0: a process that has none yet; ``mine``: the nonce of the answering process."""
+
+    nonce: int
+    epoch: int
+    mine: int
+
+
+class Expelled(Message, frozen=True, gc=False):
+    """controller -> worker: this epoch is over for you (silent for too long, or unknown to me). Register anew."""
+
+    incarnation: int
+    epoch: int
+
+
+class LocationSeq(msgspec.Struct, frozen=True, gc=False, array_like=True):
+    location: str
+    inc: Inc
+    seq: int
+
+
+class Beat(Message, frozen=True, gc=False):
+    """worker -> controller, every beat_ns. Carries each location's (inc, seq), so a lost last Delta is noticed (H29)."""
+
+    epoch: int
+    locations: Tuple[LocationSeq, ...]
+
+
+class Delta(Message, frozen=True, gc=False):
+    """worker -> controller: what changed in one location in one step."""
+
+    location: str
+    inc: Inc
+    seq: int
+    adds: Tuple[Entry, ...] = ()
+    drops: Tuple[Key, ...] = ()
+
+
+class Resync(Message, frozen=True, gc=False):
+    incarnation: int
+    location: str
+
+
+class Snap(Message, frozen=True, gc=False):
+    """worker -> controller: the whole inventory of a location at ``seq``."""
+
+    location: str
+    inc: Inc
+    seq: int
+    entries: Tuple[Entry, ...]
+
+
+class PeerGone(Message, frozen=True, gc=False):
+    """controller -> worker: the process ``peer`` of ``epoch`` is not believed any more; close its window."""
+
+    incarnation: int
+    peer: str
+    epoch: int
+
+
+# ---- the move -------------------------------------------------------------------------------------------------------
+class Pin(Message, frozen=True, gc=False):
+    incarnation: int
+    event: int
+    location: str
+    keys: Tuple[Key, ...]
+    move: bool
+    lease_ns: int
+
+
+class Pinned(Message, frozen=True, gc=False):
+    """source -> controller. ``slots`` of the longest held prefix; ``pid`` NO_ID: nothing held, or the pin is gone."""
+
+    event: int
+    inc: Inc
+    pid: Pid = NO_ID
+    slots: Tuple[int, ...] = ()
+
+
+class Renew(Message, frozen=True, gc=False):
+    """controller -> source. Never creates a pin. Answered by Pinned."""
+
+    incarnation: int
+    event: int
+    pid: Pid
+
+
+class Fetch(Message, frozen=True, gc=False):
+    """controller -> destination. ``stamp`` is the controller's clock, echoed by Committed (H35)."""
+
+    incarnation: int
+    event: int
+    location: str
+    inc: Inc
+    keys: Tuple[Key, ...]
+    lens: Tuple[int, ...]
+    src: str
+    src_epoch: int
+    src_location: str
+    pid: Pid
+    slots: Tuple[int, ...]
+    retain_ns: int
+    stamp: int
+    push: bool = False
+    evict: bool = True
+    src_endpoint: str = ""
+
+
+class Reserved(Message, frozen=True, gc=False):
+    event: int
+    inc: Inc
+    n: int
+
+
+class Committed(Message, frozen=True, gc=False):
+    """destination -> controller: keys[:n] are visible and retained here. n = 0 answers a Retain of an ended retention."""
+
+    event: int
+    inc: Inc
+    n: int
+    stamp: int = 0
+
+
+class Retain(Message, frozen=True, gc=False):
+    """controller -> destination: keep the event's retention alive. Answered by Committed (or Reserved while copying)."""
+
+    incarnation: int
+    event: int
+    location: str
+    stamp: int
+
+
+class Refused(Message, frozen=True, gc=False):
+    """``of``: the message refused (Pin or Fetch). ``have``/``want`` say both sides' values where there are such."""
+
+    event: int
+    of: str
+    why: str
+    inc: Inc = NO_ID
+    have: str = ""
+    want: str = ""
+
+
+class End(Message, frozen=True, gc=False):
+    """controller -> destination: this event is over for you. Aborts what runs, drops the retention. No answer."""
+
+    incarnation: int
+    event: int
+
+
+class Release(Message, frozen=True, gc=False):
+    """controller -> source. ``pid`` NO_ID means any pin of the event; deleting needs a pid."""
+
+    incarnation: int
+    event: int
+    pid: Pid
+    n: int
+    delete: bool
+
+
+class Released(Message, frozen=True, gc=False):
+    event: int
+    pid: Pid
+    deleted: int = 0
+    kept: int = 0
+    why: str = ""
+
+
+# ---- worker to worker -----------------------------------------------------------------------------------------------
+class Fence(Message, frozen=True, gc=False):
+    """destination -> source, after the last byte: is this pin still alive?"""
+
+    pid: Pid
+    rid: Rid
+
+
+class Fenced(Message, frozen=True, gc=False):
+    rid: Rid
+    alive: bool
+
+
+class Push(Message, frozen=True, gc=False):
+    """destination -> source: write these slots of yours into those of mine."""
+
+    rid: Rid
+    pid: Pid
+    src_location: str
+    src_slots: Tuple[int, ...]
+    location: str
+    slots: Tuple[int, ...]
+    lens: Tuple[int, ...]
+    epoch: int
+    endpoint: str = ""
+
+
+class Pushed(Message, frozen=True, gc=False):
+    rid: Rid
+    ok: bool
+    why: str = ""
+
+
+class Stop(Message, frozen=True, gc=False):
+    rid: Rid
+
+
+class Stopped(Message, frozen=True, gc=False):
+    rid: Rid
+
+
+# ---- user pins and clear --------------------------------------------------------------------------------------------
+class Hold(Message, frozen=True, gc=False):
+    """controller -> worker: a user's pin. ``event`` is its id; it ends by Unhold or by its lease."""
+
+    incarnation: int
+    event: int
+    location: str
+    keys: Tuple[Key, ...]
+    lease_ns: int
+
+
+class Held(Message, frozen=True, gc=False):
+    event: int
+    n: int
+
+
+class Unhold(Message, frozen=True, gc=False):
+    incarnation: int
+    event: int
+
+
+class Clear(Message, frozen=True, gc=False):
+    """controller -> worker. Clears only while the location's incarnation is still ``inc``, so doubling it is harmless."""
+
+    incarnation: int
+    event: int
+    location: str
+    inc: Inc
+
+
+class Cleared(Message, frozen=True, gc=False):
+    event: int
+    location: str
+    inc: Inc
+
+
+# ---- clients --------------------------------------------------------------------------------------------------------
+Position = Tuple[str, str]
+"""(instance, location)."""
+
+
+class MoveRequest(Message, frozen=True, gc=False):
+    """client -> controller. Empty ``keys`` means all that ``src`` holds (drain). ``idem``: idempotency key."""
+
+    op: str
+    src: Position
+    dst: Position
+    keys: Tuple[Key, ...] = ()
+    lens: Tuple[int, ...] = ()
+    copy: bool = False
+    idem: str = ""
+    deadline_ns: int = 0
+    evict: bool = True
+
+
+class LookupRequest(Message, frozen=True, gc=False):
+    op: str
+    keys: Tuple[Key, ...]
+    lens: Tuple[int, ...]
+
+
+class PinRequest(Message, frozen=True, gc=False):
+    op: str
+    position: Position
+    keys: Tuple[Key, ...]
+    lens: Tuple[int, ...]
+    lease_ns: int = 0
+
+
+class UnpinRequest(Message, frozen=True, gc=False):
+    op: str
+    event: int
+
+
+class ClearRequest(Message, frozen=True, gc=False):
+    op: str
+    position: Position
+
+
+class CancelRequest(Message, frozen=True, gc=False):
+    op: str
+    event: int
+
+
+class StatusRequest(Message, frozen=True, gc=False):
+    """``wait``: answer when the event has ended instead of at once."""
+
+    op: str
+    event: int = 0
+    idem: str = ""
+    wait: bool = False
+
+
+class StoreRequest(Message, frozen=True, gc=False):
+    """engine -> its own rank: store new KV under these keys."""
+
+    op: str
+    location: str
+    keys: Tuple[Key, ...]
+    lens: Tuple[int, ...]
+
+
+class UseRequest(Message, frozen=True, gc=False):
+    """engine -> its own rank: load the longest held prefix, reading (and checking) its bytes, for at least ``hold_ns``."""
+
+    op: str
+    location: str
+    keys: Tuple[Key, ...]
+    lens: Tuple[int, ...]
+    hold_ns: int = 0
+
+
+class Found(msgspec.Struct, frozen=True, gc=False, array_like=True):
+    instance: str
+    location: str
+    num_tokens: int
+
+
+class SourceOutcome(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
+    """What one source rank did with the moved chunks. ``deleted`` -1: unknown (the pin was gone when it answered, H25)."""
+
+    rank: int
+    deleted: int = 0
+    kept: int = 0
+    why: str = ""
+
+
+class Answer(Message, frozen=True, gc=False):
+    """To a client. A move is answered twice: when num_tokens is fixed (state copying) and when the event has ended.
+
+    ``state``: pinning, reserving, copying, releasing, done, failed for events; ok or refused for everything else.
+    """
+
+    op: str
+    state: str
+    num_tokens: int = 0
+    event: int = 0
+    reason: str = ""
+    detail: str = ""
+    n: int = 0
+    source: Tuple[SourceOutcome, ...] = ()
+    found: Tuple[Found, ...] = ()
+
+
+Wire = Union[
+    Register, Registered, RegisterRefused, Probe, Alive, Expelled, Beat, Delta, Resync, Snap, PeerGone,
+    Pin, Pinned, Renew, Fetch, Reserved, Committed, Retain, Refused, End, Release, Released,
+    Fence, Fenced, Push, Pushed, Stop, Stopped,
+    Hold, Held, Unhold, Clear, Cleared,
+    MoveRequest, LookupRequest, PinRequest, UnpinRequest, ClearRequest, CancelRequest, StatusRequest,
+    StoreRequest, UseRequest, Answer,
+]  # fmt: skip
+"""Everything that travels between nodes. ``msgspec.msgpack.Decoder(Wire)`` decodes a frame and refuses all else."""
+
+
+def event_id(incarnation: int, counter: int) -> int:
+    """An event's (or epoch's) number: it holds the controller's journaled incarnation, so it is never used twice (H24)."""
+    return incarnation << 32 | counter
+
+
+def event_name(event: int) -> str:
+    """How people see an event: ``incarnation-counter``."""
+    return f"{event >> 32}-{event & 0xFFFFFFFF}"
+
+
+def event_number(name: str) -> int:
+    """The inverse of ``event_name``; ValueError for anything else."""
+    high, _, low = name.partition("-")
+    return event_id(int(high), int(low))
