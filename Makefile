@@ -1,0 +1,72 @@
+# make demo    set up, replay two scenarios in simulation and on this machine, compare, explain
+# make test    set up, run the suite
+# Each works first on a fresh clone and makes its own .venv; the next call starts at once.
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip --disable-pip-version-check
+# More for pytest: make test ARGS="-k fence -x"
+ARGS   ?=
+# Where torch comes from. A CPU-only machine that fetches it from PyPI gets a CUDA runtime along with it; spare that with
+#   make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu
+TORCH_INDEX ?=
+# Empty where there is a GPU: then torch and nixl are the newest that the ranges allow.
+CONSTRAIN = $(if $(shell ls /dev/nvidia[0-9]* 2>/dev/null || nvidia-smi -L 2>/dev/null),,-c constraints-cpu.txt)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint format bench fast compare-long search clean
+
+help:
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -3
+	@echo "Also: setup, lint, format, bench, fast, search, compare-long, clean"
+
+setup: $(VENV)/.stamp
+
+$(VENV)/.stamp: pyproject.toml setup.py constraints-cpu.txt
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("kvmove needs Python 3.11 or newer; this is " + sys.version.split()[0] + ". Try: make PYTHON=python3.12")'
+	@$(PYTHON) -m venv $(VENV) || { echo "could not make $(VENV): is python3-venv installed?"; exit 1; }
+	@echo "installing kvmove into $(VENV) (once; the real world's torch and nixl are about 1 GB)"
+	@$(PIP) install -q $(CONSTRAIN) -e ".[dev]"
+	@{ $(PIP) install -q $(CONSTRAIN) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) torch numpy pyzmq \
+	   && $(PIP) install -q $(CONSTRAIN) -e ".[real]"; } \
+	 || echo "the real world is not installed: torch or nixl has no build for this machine. Simulation works; real runs say so and are skipped."
+	@touch $@
+
+demo: $(VENV)/.stamp
+	@$(BIN)/kvmove demo
+
+test: $(VENV)/.stamp
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check kvmove tests/cli tests/test_imports.py setup.py
+	$(BIN)/mypy kvcore kvsim kvreal kvmove
+
+format: $(VENV)/.stamp
+	$(BIN)/ruff check --fix-only -q .
+	$(BIN)/ruff format kvmove tests/cli tests/test_imports.py setup.py
+
+bench: $(VENV)/.stamp
+	$(BIN)/python -m pytest tests/bench -o addopts="--import-mode=importlib" --benchmark-only -s $(ARGS)
+
+# The compiled form of the core, in build/fast, and the suite on it. The source tree stays pure.
+fast: $(VENV)/.stamp
+	@rm -rf build/fast && mkdir -p build/fast
+	@cp -r kvcore kvsim kvreal kvmove scenarios tests setup.py pyproject.toml README.md build/fast/
+	cd build/fast && KVMOVE_COMPILE=1 ../../$(BIN)/python setup.py -q build_ext --inplace
+	cd build/fast && PYTHONPATH=$(CURDIR)/build/fast ../../$(BIN)/python -m kvmove --version
+	cd build/fast && PYTHONPATH=$(CURDIR)/build/fast ../../$(BIN)/python -m pytest -m "not real" $(ARGS)
+
+search: $(VENV)/.stamp
+	@$(BIN)/kvmove search $(ARGS)
+
+# Thousands of generated scenarios in both worlds; EXAMPLES=300 REAL=25 is what `make test` does.
+compare-long: $(VENV)/.stamp
+	KVMOVE_EXAMPLES=$(or $(EXAMPLES),5000) KVMOVE_REAL_EXAMPLES=$(or $(REAL),300) \
+	  $(BIN)/python -m pytest tests/real/test_compare.py --timeout 7200 -s $(ARGS)
+
+clean:
+	rm -rf $(VENV) build dist out *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
