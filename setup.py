@@ -24,9 +24,11 @@ def extensions() -> list[Extension]:
     return list(mypycify(sorted(str(path) for path in modules if path.name not in INTERPRETED), opt_level="3"))
 
 
+SCENARIOS = ["kvmove.scenarios"] if Path("scenarios").is_dir() else []
+
 setup(
-    packages=[*find_packages(include=["kvcore*", "kvsim*", "kvreal*", "kvmove*"]), "kvmove.scenarios"],
-    package_dir={"kvmove.scenarios": "scenarios"},  # an installed `kvmove demo` finds them beside itself
-    package_data={"kvmove.scenarios": ["**/*.yaml"]},
+    packages=[*find_packages(include=["kvcore*", "kvsim*", "kvreal*", "kvmove*"]), *SCENARIOS],
+    package_dir=dict.fromkeys(SCENARIOS, "scenarios"),  # an installed `kvmove demo` finds them beside itself
+    package_data=dict.fromkeys(SCENARIOS, ["**/*.yaml"]),
     ext_modules=extensions(),
 )
