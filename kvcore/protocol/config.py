@@ -19,6 +19,7 @@ class Rules(msgspec.Struct, frozen=True, gc=False, forbid_unknown_fields=True):
     h01: bool = True  #: Release waits until every destination rank has committed
     h02: bool = True  #: a chunk under a deleting pin does not count as present
     h03: bool = True  #: delete only if the index still names the pinned slot
+    h04: bool = True  #: a worker remembers no finished event: without a live pin nothing is deleted
     h05: bool = True  #: Release names the pin, not the event
     h06: bool = True  #: a move to its own place deletes nothing
     h07: bool = True  #: present chunks are held until commit

@@ -146,6 +146,13 @@ class Snap(Message, frozen=True, gc=False):
     entries: Tuple[Entry, ...]
 
 
+class Suspect(Message, frozen=True, gc=False):
+    """worker -> controller: ``peer`` does not answer my Stop. Answered by PeerGone once its epoch is not believed."""
+
+    peer: str
+    epoch: int
+
+
 class PeerGone(Message, frozen=True, gc=False):
     """controller -> worker: the process ``peer`` of ``epoch`` is not believed any more; close its window."""
 
@@ -215,6 +222,7 @@ class Committed(Message, frozen=True, gc=False):
     inc: Inc
     n: int
     stamp: int = 0
+    incarnation: int = 0
 
 
 class Retain(Message, frozen=True, gc=False):
@@ -448,7 +456,7 @@ class Answer(Message, frozen=True, gc=False):
 
 
 Wire = Union[
-    Register, Registered, RegisterRefused, Probe, Alive, Expelled, Beat, Delta, Resync, Snap, PeerGone,
+    Register, Registered, RegisterRefused, Probe, Alive, Expelled, Beat, Delta, Resync, Snap, Suspect, PeerGone,
     Pin, Pinned, Renew, Fetch, Reserved, Committed, Retain, Refused, End, Release, Released,
     Fence, Fenced, Push, Pushed, Stop, Stopped,
     Hold, Held, Unhold, Clear, Cleared,

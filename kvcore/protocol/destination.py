@@ -1,0 +1,417 @@
+"""A move as its destination sees it: the reservation of one event, its quarantine and its retention."""
+
+from __future__ import annotations
+
+from typing import Dict, List, Optional, Tuple, final
+
+from kvcore.protocol.config import Config
+from kvcore.protocol.machine import AbortCopy, CopyDone, Effect, Note, Send, StartCopy, Timers
+from kvcore.protocol.messages import (
+    NO_ID,
+    Committed,
+    End,
+    Fence,
+    Fenced,
+    Fetch,
+    Inc,
+    Key,
+    Pid,
+    Push,
+    Pushed,
+    Refused,
+    Reserved,
+    Retain,
+    Rid,
+    Stop,
+    Stopped,
+    Suspect,
+)
+from kvcore.protocol.pool import Pool, parent_of
+
+
+@final
+class Reservation:
+    """COPYING until the bytes are there, then FENCING (read only) until the source says that they were good."""
+
+    def __init__(self, rid: Rid, pool: Pool, m: Fetch, n: int, held: List[int], own: List[int], controller: str):
+        self.rid: Rid = rid
+        self.pool: Pool = pool
+        self.event: int = m.event
+        self.keys: Tuple[Key, ...] = m.keys[:n]
+        self.lens: Tuple[int, ...] = m.lens[:n]
+        self.held: List[int] = held
+        self.own: List[int] = own
+        self.src: str = m.src
+        self.src_epoch: int = m.src_epoch
+        self.src_location: str = m.src_location
+        self.src_slots: Tuple[int, ...] = m.slots
+        self.pid: Pid = m.pid
+        self.push: bool = m.push
+        self.endpoint: str = m.src_endpoint
+        self.retain_ns: int = m.retain_ns
+        self.controller: str = controller
+        self.incarnation: int = m.incarnation
+        self.stamp: int = m.stamp
+        self.fencing: bool = False
+        self.fence: Optional[bool] = None
+
+
+@final
+class Quarantine:
+    """Slots into which an aborted copy may still write."""
+
+    def __init__(self, pool: Pool, slots: List[int], src: str, src_epoch: int, push: bool) -> None:
+        self.pool: Pool = pool
+        self.slots: List[int] = slots
+        self.src: str = src
+        self.src_epoch: int = src_epoch
+        self.push: bool = push
+
+
+@final
+class Retention:
+    """From commit until the event is over: its keys are not evicted here."""
+
+    def __init__(self, pool: Pool, keys: Tuple[Key, ...], inc: Inc, rid: Rid, retain_ns: int) -> None:
+        self.pool: Pool = pool
+        self.keys: Tuple[Key, ...] = keys
+        self.slots: List[int] = [pool.index[key].slot for key in keys]
+        self.inc: Inc = inc
+        self.rid: Rid = rid
+        self.retain_ns: int = retain_ns
+
+
+@final
+class Destination:
+    """The reservations, quarantines and retentions of one rank."""
+
+    def __init__(self, name: str, controller: str, pools: Dict[str, Pool], timers: Timers, config: Config) -> None:
+        self.name: str = name
+        self.controller: str = controller
+        self.pools: Dict[str, Pool] = pools
+        self.timers: Timers = timers
+        self.config: Config = config
+        self.epoch: int = 0
+        self.counter: int = 0
+        self.reservations: Dict[int, Reservation] = {}
+        self.by_rid: Dict[Rid, Reservation] = {}
+        self.quarantines: Dict[Rid, Quarantine] = {}
+        self.retentions: Dict[int, Retention] = {}
+        #: peer -> highest epoch of it that is gone and whose window is closed
+        self.gone: Dict[str, int] = {}
+
+    def restart(self, now: int, epoch: int, out: List[Effect]) -> None:
+        """A new epoch: reservations and retentions of the old one end; what may still be written stays quarantined."""
+        for event in list(self.reservations):
+            self._abort(now, self.reservations[event], out)
+        for event in list(self.retentions):
+            self._unretain(event)
+        self.epoch = epoch
+        self.counter = 0
+
+    # ---- Fetch
+    def on_fetch(self, now: int, src: str, m: Fetch, out: List[Effect]) -> None:
+        pool = self.pools.get(m.location)
+        if pool is None or pool.inc != m.inc:
+            out.append(Send(src, Refused(m.event, "Fetch", "stale_inc", pool.inc if pool else NO_ID)))
+            return
+        retention = self.retentions.get(m.event)
+        if retention is not None:
+            self._retain_again(now, m.event, retention)
+            out.append(Send(src, Committed(m.event, pool.inc, len(retention.keys), m.stamp, m.incarnation)))
+            return
+        reservation = self.reservations.get(m.event)
+        if reservation is not None:
+            self._stamp(reservation, src, m.stamp, m.incarnation)
+            out.append(Send(src, Reserved(m.event, pool.inc, len(reservation.keys))))
+            if reservation.fencing:
+                out.append(Send(reservation.src, Fence(reservation.pid, reservation.rid)))
+            elif reservation.push:
+                out.append(self._push(reservation))
+            return
+        self._reserve(now, src, pool, m, out)
+
+    def _reserve(self, now: int, src: str, pool: Pool, m: Fetch, out: List[Effect]) -> None:
+        rules = self.config.rules
+        index = pool.index
+        want = len(m.keys)
+        held = [-1] * want
+        own = [-1] * want
+        # First hold what is here, so that fitting the rest can never evict the prompt's own head (H07, H19).
+        if index:
+            for i in range(want):
+                entry = index.get(m.keys[i])
+                # Leaving is not there: a chunk under a deleting pin is copied anew (H02).
+                if entry is not None and not (rules.h02 and entry.slot in pool.moving):
+                    held[i] = entry.slot
+                    if rules.h07 and rules.h19:
+                        pool.ref(entry.slot)
+        n = 0
+        while n < want:
+            if held[n] < 0:
+                slot = pool.take(m.evict)
+                if slot < 0:
+                    break
+                own[n] = slot
+            n += 1
+        if not (rules.h07 and rules.h19):
+            self._hold_late(pool, m.keys, held)
+        for i in range(n, want):
+            if held[i] >= 0 and rules.h07:
+                pool.unref(held[i])
+        if n == 0:
+            if rules.h23:
+                have = f"{pool.slots} slots, {len(pool.refs)} in use"
+                out.append(Send(src, Refused(m.event, "Fetch", "full", pool.inc, have, f"{want} chunks")))
+            return
+        self.counter += 1
+        reservation = Reservation((self.epoch, self.counter), pool, m, n, held[:n], own[:n], src)
+        out.append(Send(src, Reserved(m.event, pool.inc, n)))
+        if max(reservation.own) < 0:
+            self._commit(now, reservation, out)
+            return
+        self.reservations[m.event] = reservation
+        self.by_rid[reservation.rid] = reservation
+        if rules.h38:
+            self.timers.set(("reservation", m.event, 0), now + self.config.copy_max_ns)
+        out.append(self._push(reservation) if m.push else self._read(reservation))
+        if not rules.h10 and not m.push:
+            out.append(Send(reservation.src, Fence(reservation.pid, reservation.rid)))
+
+    def _hold_late(self, pool: Pool, keys: Tuple[Key, ...], held: List[int]) -> None:
+        """What goes wrong without h19: what was counted as present may have been evicted to fit the rest."""
+        if self.config.rules.h07:
+            for i, slot in enumerate(held):
+                entry = pool.index.get(keys[i])
+                if slot >= 0 and entry is not None:
+                    held[i] = entry.slot
+                    pool.ref(entry.slot)
+                elif slot >= 0:
+                    held[i] = -2
+
+    def _read(self, r: Reservation) -> StartCopy:
+        ours = tuple(slot for slot in r.own if slot >= 0)
+        theirs = tuple(r.src_slots[i] for i, slot in enumerate(r.own) if slot >= 0)
+        lens = tuple(r.lens[i] for i, slot in enumerate(r.own) if slot >= 0)
+        return StartCopy(
+            r.rid, True, r.src, r.src_epoch, r.src_location, theirs, r.pool.name, ours, lens, r.endpoint
+        )
+
+    def _push(self, r: Reservation) -> Send:
+        ours = tuple(slot for slot in r.own if slot >= 0)
+        theirs = tuple(r.src_slots[i] for i, slot in enumerate(r.own) if slot >= 0)
+        lens = tuple(r.lens[i] for i, slot in enumerate(r.own) if slot >= 0)
+        return Send(r.src, Push(r.rid, r.pid, r.src_location, theirs, r.pool.name, ours, lens, self.epoch))
+
+    def _stamp(self, r: Reservation, controller: str, stamp: int, incarnation: int) -> None:
+        r.controller = controller
+        r.stamp = max(stamp, r.stamp) if incarnation == r.incarnation else stamp
+        r.incarnation = incarnation
+
+    # ---- the bytes have arrived, or will not
+    def on_copy_done(self, now: int, item: CopyDone, out: List[Effect]) -> None:
+        r = self.by_rid.get(item.rid)
+        if r is None or r.push:
+            self.end_quarantine(item.rid)
+        elif not item.ok:
+            self._refuse(r, "copy_failed", out, item.why)
+        elif not self.config.rules.h09:
+            self._commit(now, r, out)
+        elif not self.config.rules.h10:
+            if r.fence is None:
+                r.fencing = True
+            else:
+                self._fenced(now, r, r.fence, out)
+        else:
+            r.fencing = True
+            out.append(Send(r.src, Fence(r.pid, r.rid)))
+            if self.config.rules.h38:
+                # A source that does not answer for a lease has no pin any more.
+                self.timers.set(("reservation", r.event, 0), now + self.config.lease_ns)
+
+    def on_fenced(self, now: int, src: str, m: Fenced, out: List[Effect]) -> None:
+        r = self.by_rid.get(m.rid)
+        if r is None:
+            self.end_quarantine(m.rid)
+        elif r.fencing:
+            self._fenced(now, r, m.alive, out)
+        else:
+            r.fence = m.alive
+
+    def _fenced(self, now: int, r: Reservation, alive: bool, out: List[Effect]) -> None:
+        if alive:
+            self._commit(now, r, out)
+        elif self.config.rules.h31:
+            self._refuse(r, "source_changed", out)
+        else:
+            r.fencing = False
+            out.append(self._read(r))
+
+    def on_pushed(self, now: int, src: str, m: Pushed, out: List[Effect]) -> None:
+        r = self.by_rid.get(m.rid)
+        if r is None and not self.config.rules.h14:
+            r = next((other for other in self.reservations.values() if other.push and other.src == src), None)
+        if r is None or not r.push:
+            self.end_quarantine(m.rid)
+        elif m.ok:
+            self._commit(now, r, out)
+        else:
+            self._refuse(r, "source_changed" if m.why == "source_changed" else "copy_failed", out, m.why)
+
+    def on_stopped(self, now: int, src: str, m: Stopped, out: List[Effect]) -> None:
+        self.end_quarantine(m.rid)
+
+    def _forget(self, r: Reservation) -> None:
+        self.reservations.pop(r.event, None)
+        self.by_rid.pop(r.rid, None)
+        self.timers.cancel(("reservation", r.event, 0))
+
+    def _unhold(self, r: Reservation) -> None:
+        if self.config.rules.h07:
+            for slot in r.held:
+                if slot >= 0:
+                    r.pool.unref(slot)
+
+    def _refuse(self, r: Reservation, why: str, out: List[Effect], detail: str = "") -> None:
+        """Its writer has ended, so its slots are free at once. Never tried again under this event (H31)."""
+        self._forget(r)
+        self._unhold(r)
+        for slot in r.own:
+            if slot >= 0:
+                r.pool.unref(slot)
+        out.append(Send(r.controller, Refused(r.event, "Fetch", why, r.pool.inc, detail)))
+
+    def _commit(self, now: int, r: Reservation, out: List[Effect]) -> None:
+        """Atomically make every key visible, and retain them all until the event is over."""
+        self._forget(r)
+        pool = r.pool
+        index = pool.index
+        for i in range(len(r.keys) - 1, -1, -1):
+            key = r.keys[i]
+            slot = r.own[i]
+            entry = index.get(key)
+            if slot < 0:
+                slot = r.held[i]
+                if slot == -2 or (entry is None and not self.config.rules.h07):
+                    continue  # only without h07 or h19: counted, but gone
+                if entry is not None:
+                    if self.config.rules.h07:
+                        pool.unref(slot)
+                    pool.touch(key, now)
+                    continue
+            elif entry is not None and not (self.config.rules.h02 and entry.slot in pool.moving):
+                pool.unref(slot)
+                pool.touch(key, now)
+                continue
+            pool.put(key, slot, parent_of(r.keys, i), r.lens[i], now)
+        self._retain(now, r)
+        out.append(Send(r.controller, Committed(r.event, pool.inc, len(r.keys), r.stamp, r.incarnation)))
+
+    # ---- retention
+    def _retain(self, now: int, r: Reservation) -> None:
+        keys = tuple(key for key in r.keys if key in r.pool.index)
+        retention = Retention(r.pool, keys, r.pool.inc, r.rid, r.retain_ns)
+        self.retentions[r.event] = retention
+        retained = r.pool.retained
+        for key, slot in zip(keys, retention.slots):
+            held = retained.get(key)
+            if held is None:
+                retained[key] = [slot]
+            else:
+                held.append(slot)
+        self.timers.set(("retention", r.event, 0), now + r.retain_ns)
+
+    def _retain_again(self, now: int, event: int, retention: Retention) -> None:
+        self.timers.set(("retention", event, 0), now + retention.retain_ns)
+
+    def _unretain(self, event: int) -> None:
+        retention = self.retentions.pop(event)
+        self.timers.cancel(("retention", event, 0))
+        retained = retention.pool.retained
+        for key, slot in zip(retention.keys, retention.slots):
+            held = retained[key]
+            if len(held) == 1:
+                del retained[key]
+            else:
+                held.remove(slot)
+
+    def on_retain(self, now: int, src: str, m: Retain, out: List[Effect]) -> None:
+        retention = self.retentions.get(m.event)
+        reservation = self.reservations.get(m.event)
+        if retention is not None:
+            self._retain_again(now, m.event, retention)
+            out.append(
+                Send(src, Committed(m.event, retention.inc, len(retention.keys), m.stamp, m.incarnation))
+            )
+        elif reservation is not None:
+            self._stamp(reservation, src, m.stamp, m.incarnation)
+            out.append(Send(src, Reserved(m.event, reservation.pool.inc, len(reservation.keys))))
+        else:
+            pool = self.pools.get(m.location)
+            out.append(Send(src, Committed(m.event, pool.inc if pool else NO_ID, 0, m.stamp, m.incarnation)))
+
+    def on_retention_timer(self, now: int, name: Tuple[str, int, int], out: List[Effect]) -> None:
+        self._unretain(name[1])
+        out.append(Note("retention_lapsed", name[1]))
+
+    # ---- the end of it
+    def on_end(self, now: int, src: str, m: End, out: List[Effect]) -> None:
+        if m.event in self.retentions:
+            self._unretain(m.event)
+        r = self.reservations.get(m.event)
+        if r is not None:
+            self._abort(now, r, out)
+
+    def on_reservation_timer(self, now: int, name: Tuple[str, int, int], out: List[Effect]) -> None:
+        """The copy, the Push or the Fence has not been answered in time (H38)."""
+        r = self.reservations[name[1]]
+        why = "source_changed" if r.fencing else "copy_failed"
+        self._abort(now, r, out)
+        out.append(Send(r.controller, Refused(r.event, "Fetch", why, r.pool.inc, "timed out")))
+
+    def clear(self, now: int, pool: Pool, out: List[Effect]) -> None:
+        """A clear ends the location's reservations and retentions (H20)."""
+        if self.config.rules.h20:
+            for r in [r for r in self.reservations.values() if r.pool is pool]:
+                self._abort(now, r, out)
+        for event in [event for event, retention in self.retentions.items() if retention.pool is pool]:
+            self._unretain(event)
+
+    def _abort(self, now: int, r: Reservation, out: List[Effect]) -> None:
+        self._forget(r)
+        self._unhold(r)
+        slots = [slot for slot in r.own if slot >= 0]
+        writer_gone = r.push and self.gone.get(r.src, 0) >= r.src_epoch
+        if r.fencing or writer_gone or not self.config.rules.h12:
+            for slot in slots:
+                r.pool.unref(slot)
+            if not r.fencing and not r.push:
+                out.append(AbortCopy(r.rid))
+            return
+        self.quarantines[r.rid] = Quarantine(r.pool, slots, r.src, r.src_epoch, r.push)
+        if r.push:
+            out.append(Send(r.src, Stop(r.rid)))
+            self.timers.set(("quarantine", r.rid[0], r.rid[1]), now + self.config.stop_retry_ns)
+        else:
+            out.append(AbortCopy(r.rid))
+
+    def end_quarantine(self, rid: Rid) -> None:
+        """The writer of ``rid`` is known to have stopped. Harmless for any other rid."""
+        quarantine = self.quarantines.pop(rid, None)
+        if quarantine is not None:
+            self.timers.cancel(("quarantine", rid[0], rid[1]))
+            for slot in quarantine.slots:
+                quarantine.pool.unref(slot)
+
+    def on_quarantine_timer(self, now: int, name: Tuple[str, int, int], out: List[Effect]) -> None:
+        rid = (name[1], name[2])
+        quarantine = self.quarantines[rid]
+        self.timers.set(name, now + self.config.stop_retry_ns)
+        out.append(Send(quarantine.src, Stop(rid)))
+        out.append(Send(self.controller, Suspect(quarantine.src, quarantine.src_epoch)))
+
+    def window_closed(self, peer: str, epoch: int) -> None:
+        """Nothing of (peer, epoch) lands here any more: its quarantines end (H30)."""
+        self.gone[peer] = max(epoch, self.gone.get(peer, 0))
+        for rid in [rid for rid, q in self.quarantines.items() if q.src == peer and q.src_epoch <= epoch]:
+            self.end_quarantine(rid)
