@@ -1,0 +1,1 @@
+"""Drives the machines of kvcore under simpy: simulated time, links, memories and faults."""
