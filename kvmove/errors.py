@@ -17,7 +17,7 @@ class UserError(Exception):
     """Bad input, or something that cannot run here. The message is the whole line that the user sees."""
 
 
-#: Errors that other packages raise at users, by class name: the packages themselves are imported only where they are used.
+#: Errors that other packages raise at users, by class name: those packages are imported only where they are used.
 KNOWN: Final = frozenset({"ScenarioError", "ConfigError", "HistoryError", "RealUnavailable"})
 
 

@@ -65,7 +65,9 @@ def duration(ns: int | float) -> str:
         value, unit = value / 1000, larger
     if unit == "ns":
         return f"{value:.0f} ns"
-    return f"{value:.0f} {unit}" if value >= 99.95 else f"{value:.1f} {unit}" if value >= 9.995 else f"{value:.2f} {unit}"
+    return (
+        f"{value:.0f} {unit}" if value >= 99.95 else f"{value:.1f} {unit}" if value >= 9.995 else f"{value:.2f} {unit}"
+    )
 
 
 def size(count: int) -> str:

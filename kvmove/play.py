@@ -1,4 +1,4 @@
-"""Play one scenario in one world or both, check what happened, and compare: the whole of ``kvmove run`` but the printing."""
+"""Play one scenario in one world or both, check what happened, compare: all of ``kvmove run`` but the printing."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import msgspec
 
 from kvcore.scenario.build import Built, build
 from kvcore.scenario.expect import expectations
-from kvcore.scenario.history import read_history, replay
+from kvcore.scenario.history import read
 from kvcore.scenario.loader import load
 from kvcore.scenario.result import Result
 from kvcore.scenario.schema import Scenario
@@ -106,17 +106,10 @@ def _run(world: str, built: Built, log: Path, transport: str) -> Result:
 def _compare(played: Played, budget: int) -> compare.Comparison:
     sim, real = played.results["sim"], played.results["real"]
     return compare.Comparison(
-        compare.replayed(_steps(played)),
+        compare.replayed({world: read(log) for world, log in played.histories.items()}),
         compare.outcome(played.scenario.order, sim, real, lambda: _schedules(played, budget)),
         compare.times(sim, real),
     )
-
-
-def _steps(played: Played) -> Iterator[tuple[str, str, bool, Callable[[], str]]]:
-    for world, log in played.histories.items():
-        header, lines = read_history(log)
-        for line, _machine, effects, equal in replay(header, lines):
-            yield world, line.node, equal, lambda line=line, effects=effects: f"{line.t} {line.out} {effects}"
 
 
 def _schedules(played: Played, budget: int) -> Iterator[Result]:

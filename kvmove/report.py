@@ -9,8 +9,8 @@ import msgspec
 
 from kvcore.scenario.result import Operation, Result
 from kvmove import evidence
-from kvmove.output import duration, grid, percent, plural, size
 from kvmove.compare import Comparison, answer, answer_text
+from kvmove.output import duration, grid, percent, plural
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -46,14 +46,18 @@ def _carried(result: Result) -> str:
 def print_operations(screen: Console, result: Result) -> None:
     table = grid("op", "what", "answer", "time", right=("time",))
     for operation in result.operations[:SHOWN]:
-        table.add_row(operation.op, operation.text or operation.what, op_answer(operation), duration(operation.duration_ns))
+        table.add_row(
+            operation.op, operation.text or operation.what, op_answer(operation), duration(operation.duration_ns)
+        )
     screen.print(table)
     more = len(result.operations) - SHOWN
     if more > 0:
         states: dict[str, int] = {}
         for operation in result.operations[SHOWN:]:
             states[operation.state] = states.get(operation.state, 0) + 1
-        screen.print(f"  and {more:,} more: " + ", ".join(f"{count:,} {state}" for state, count in sorted(states.items())))
+        screen.print(
+            f"  and {more:,} more: " + ", ".join(f"{count:,} {state}" for state, count in sorted(states.items()))
+        )
 
 
 def op_answer(operation: Operation) -> str:
@@ -192,5 +196,3 @@ def operation_body(operation: Operation) -> dict[str, Any]:
         "start_ns": operation.start_ns,
         "end_ns": operation.end_ns,
     }
-
-

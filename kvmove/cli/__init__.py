@@ -1,6 +1,7 @@
 """The command line: one file a command. ``main`` is the console script.
 
-Commands import what they need when they run, so that ``kvmove --help`` is quick and works where only a part is installed.
+Commands import what they need when they run, so that ``kvmove --help`` is quick and works where
+only a part is installed.
 """
 
 from __future__ import annotations
@@ -46,7 +47,9 @@ def _version(asked: bool) -> None:
 def _root(
     version: Annotated[
         bool,
-        typer.Option("--version", callback=_version, is_eager=True, help="Say which kvmove, and which form of its core."),
+        typer.Option(
+            "--version", callback=_version, is_eager=True, help="Say which kvmove, and which form of its core."
+        ),
     ] = False,
 ) -> None:
     pass

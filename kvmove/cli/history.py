@@ -12,7 +12,9 @@ def history(
     event: Annotated[
         str | None, typer.Option("--event", "-e", help="Only this event, as in 1-4, or this operation.", metavar="E")
     ] = None,
-    node: Annotated[str | None, typer.Option("--node", "-n", help="Only this node, as in a/0 or ctl.", metavar="N")] = None,
+    node: Annotated[
+        str | None, typer.Option("--node", "-n", help="Only this node, as in a/0 or ctl.", metavar="N")
+    ] = None,
     after: Annotated[str | None, typer.Option("--after", help="From this time on, as in '2 ms'.", metavar="T")] = None,
     before: Annotated[str | None, typer.Option("--before", help="Up to this time.", metavar="T")] = None,
 ) -> None:

@@ -55,10 +55,14 @@ def run(
     screen = output.console(to_stderr=json_out == "-")
     if json_out not in (None, "-") and not Path(json_out).absolute().parent.is_dir():
         raise UserError(f"--json {json_out}: there is no directory {Path(json_out).parent}")
-    prepared = [prepare(path, sets or (), seed) for path in files]  # a mistake in the last file is told before the first runs
+    prepared = [
+        prepare(path, sets or (), seed) for path in files
+    ]  # a mistake in the last file is told before the first runs
     runs: list[Played] = []
     with ExitStack() as stack:
-        logs = _directory(history) if history else Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="kvmove-")))
+        logs = (
+            _directory(history) if history else Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="kvmove-")))
+        )
         for one, name in zip(prepared, _log_names(files)):
             played = play(one, worlds, logs / name, transport=transport, progress=output.progress)
             report.print_run(screen, played, kept=bool(history))

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from kvmove.output import choice, duration, percent, plural, size
 from kvmove.errors import UserError, line_for
+from kvmove.output import choice, duration, percent, plural, size
 
 
 @pytest.mark.parametrize(
