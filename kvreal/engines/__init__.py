@@ -1,0 +1,1 @@
+"""Engines store KV in a node's memory and use it."""

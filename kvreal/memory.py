@@ -1,0 +1,251 @@
+"""A node's own memory: one slab a location, cut into slots of one chunk, made once and registered once.
+
+A host keeps its CPU slab from one run to the next (``Slab.reserve`` grows it, never shrinks it), so that a pooled
+process neither faults its pages in nor registers them again. Disk locations are files that have no name any more once
+they are open: they vanish with the process, however it ends. GPU locations are torch tensors.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import mmap
+import os
+import sys
+import tempfile
+from typing import Any, Dict, Final, List, Optional, Sequence, Set, Tuple
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+Bytes = npt.NDArray[np.uint8]
+
+PAGE: Final = 4096
+HUGE: Final = 2 << 20
+PREFAULT_BYTES: Final = 4 << 30
+"""Memory up to here is faulted in before anything is measured; beyond it pages come when they are touched."""
+POISON: Final = 0xDB
+POISON_STRIDE: Final = 16384
+MADV_POPULATE_WRITE: Final = 23
+PRIVATE: Final = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
+
+
+class SlabError(Exception):
+    """The memory that a location asks for cannot be had; the message says which and how much."""
+
+
+class Place(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Where a location lies in its process's address space; plain integers, so that peers can compute with it."""
+
+    name: str
+    kind: str
+    """DRAM or VRAM: NIXL's words for it."""
+    address: int
+    slots: int
+    slot_bytes: int
+    device: int = 0
+
+
+class Slab:
+    """Page-aligned memory: anonymous (pinned where CUDA is there), a nameless file, or a GPU's."""
+
+    def __init__(self, kind: str, nbytes: int) -> None:
+        self.kind: str = kind
+        self.nbytes: int = max(PAGE, -(-nbytes // PAGE) * PAGE)
+        self.map: Optional[mmap.mmap] = None
+        self.tensor: Any = None
+        self.bytes: Bytes
+        self.address: int
+        self.pinned: bool = False
+        if kind == "gpu":
+            self._on_gpu()
+            return
+        try:
+            self.map = self._file() if kind == "disk" else mmap.mmap(-1, self.nbytes, flags=PRIVATE)
+        except (OSError, ValueError, OverflowError) as error:
+            raise SlabError(f"cannot get {self.nbytes} bytes of {kind} memory: {error}") from error
+        self.bytes = np.frombuffer(self.map, dtype=np.uint8)
+        self.address = int(self.bytes.ctypes.data)
+        if kind == "cpu":
+            self._prefault()
+            self.pinned = _pin(self.address, self.nbytes)
+
+    def _file(self) -> mmap.mmap:
+        with tempfile.TemporaryFile(prefix="kvreal-") as file:
+            os.ftruncate(file.fileno(), self.nbytes)
+            return mmap.mmap(file.fileno(), self.nbytes)
+
+    def _prefault(self) -> None:
+        assert self.map is not None
+        with contextlib.suppress(OSError, AttributeError):
+            self.map.madvise(mmap.MADV_HUGEPAGE)
+        size = min(self.nbytes, PREFAULT_BYTES)
+        try:
+            self.map.madvise(MADV_POPULATE_WRITE, 0, size)
+        except OSError:
+            self.bytes[:size:PAGE] = 0
+
+    def _on_gpu(self) -> None:
+        import torch
+
+        self.tensor = torch.zeros(self.nbytes, dtype=torch.uint8, device="cuda")
+        self.address = int(self.tensor.data_ptr())
+        self.bytes = np.empty(0, dtype=np.uint8)
+
+    @property
+    def nixl_kind(self) -> str:
+        return "VRAM" if self.kind == "gpu" else "DRAM"
+
+
+def _pin(address: int, nbytes: int) -> bool:
+    """Page-lock it where a CUDA runtime is loaded already; a machine without one has nothing to pin for."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_available():
+        return False
+    return int(torch.cuda.cudart().cudaHostRegister(address, nbytes, 0)) == 0
+
+
+def kind_of(location: str) -> str:
+    """What a location's name says of its memory: cpu, disk or gpu."""
+    name = location.lower()
+    if "gpu" in name or "hbm" in name:
+        return "gpu"
+    return "disk" if "disk" in name or "file" in name else "cpu"
+
+
+class Memory:
+    """The locations of one node. ``generation`` rises whenever a slab is made or dropped: peers then ask again."""
+
+    def __init__(self) -> None:
+        self.cpu: Optional[Slab] = None
+        self.others: List[Slab] = []
+        self.places: Dict[str, Place] = {}
+        self.homes: Dict[str, Tuple[Slab, int]] = {}
+        self.generation: int = 0
+        self.dirty: Set[Tuple[str, int]] = set()
+        """Slots that hold, or held, something: what must be wiped before other hands use them."""
+
+    def lay_out(self, locations: Sequence[Tuple[str, int]], slot_bytes: int) -> bool:
+        """Give each (name, slots) its place. True if a slab was made or dropped, so that it must be registered anew.
+
+        What an earlier run left is overwritten first: it must never pass for this run's bytes.
+        """
+        self.wipe()
+        wanted = sum(slots * slot_bytes for name, slots in locations if kind_of(name) == "cpu")
+        changed = bool(self.others)
+        self.others = []
+        if self.cpu is None or self.cpu.nbytes < wanted + PAGE:
+            self.cpu = None
+            self.cpu = Slab("cpu", _round(wanted + PAGE))
+            changed = True
+        self.places = {}
+        self.homes = {}
+        offset = PAGE  # the first page is the scratch page
+        for name, slots in locations:
+            kind = kind_of(name)
+            if kind == "cpu":
+                slab, start = self.cpu, offset
+                offset += slots * slot_bytes
+            else:
+                slab, start = Slab(kind, slots * slot_bytes), 0
+                self.others.append(slab)
+                changed = True
+            self.homes[name] = (slab, start)
+            self.places[name] = Place(name, slab.nixl_kind, slab.address + start, slots, slot_bytes)
+        self.generation += changed
+        return changed
+
+    def slabs(self) -> List[Slab]:
+        return [*([self.cpu] if self.cpu is not None else []), *self.others]
+
+    def scratch(self) -> int:
+        """Address of a page that belongs to no location."""
+        assert self.cpu is not None
+        return self.cpu.address
+
+    def scratch_bytes(self) -> Bytes:
+        assert self.cpu is not None
+        return self.cpu.bytes[:PAGE]
+
+    def check(self, location: str, slot: int, nbytes: int) -> Place:
+        """SlabError if there is no such slot, or if it is smaller."""
+        place = self.places.get(location)
+        if place is None:
+            raise SlabError(f"no location {location} here, only {', '.join(self.places)}")
+        if not 0 <= slot < place.slots or nbytes > place.slot_bytes:
+            raise SlabError(f"{location}: no slot {slot} of {nbytes} bytes among {place.slots} of {place.slot_bytes}")
+        return place
+
+    def view(self, location: str, slot: int, nbytes: int) -> Bytes:
+        """The first ``nbytes`` bytes of a slot, not a copy. GPU memory has none: see ``put`` and ``get``."""
+        place = self.check(location, slot, nbytes)
+        slab, start = self.homes[location]
+        if slab.tensor is not None:
+            raise SlabError(f"{location} is GPU memory, which this transport does not reach")
+        first = start + slot * place.slot_bytes
+        return slab.bytes[first : first + nbytes]
+
+    def on_gpu(self, location: str) -> bool:
+        return self.homes[location][0].tensor is not None
+
+    def put(self, location: str, slot: int, data: Bytes) -> None:
+        """Write ``data`` to the beginning of a slot, wherever it lies."""
+        slab, start = self.homes[location]
+        if slab.tensor is None:
+            self.view(location, slot, len(data))[:] = data
+            return
+        import torch
+
+        first = start + slot * self.places[location].slot_bytes
+        slab.tensor[first : first + len(data)].copy_(torch.from_numpy(data))
+
+    def get(self, location: str, slot: int, nbytes: int) -> Bytes:
+        """The bytes of a slot: a view where there can be one, else a copy."""
+        slab, start = self.homes[location]
+        if slab.tensor is None:
+            return self.view(location, slot, nbytes)
+        first = start + slot * self.places[location].slot_bytes
+        copy: Bytes = slab.tensor[first : first + nbytes].cpu().numpy()
+        return copy
+
+    def soil(self, location: str, slots: Sequence[int], poison: bool = False) -> None:
+        """Note that these slots are about to be written; ``poison`` spoils what they hold, every 16 KiB, so that a copy
+        which did not happen cannot be taken for one that did."""
+        for slot in slots:
+            item = (location, slot)
+            if item in self.dirty:
+                if poison and not self.on_gpu(location):
+                    view = self.view(location, slot, self.places[location].slot_bytes)
+                    view[:64] = POISON
+                    view[::POISON_STRIDE] = POISON
+            else:
+                self.dirty.add(item)
+
+    def wipe(self, keep: Sequence[Tuple[str, int]] = ()) -> int:
+        """Overwrite every slot that was ever written and is not in ``keep``; returns how many bytes."""
+        kept = set(keep)
+        count = 0
+        for location, slot in sorted(self.dirty - kept):
+            place = self.places[location]
+            if self.on_gpu(location):
+                self.put(location, slot, np.full(place.slot_bytes, POISON, dtype=np.uint8))
+            else:
+                self.view(location, slot, place.slot_bytes)[:] = POISON
+            count += place.slot_bytes
+        self.dirty &= kept
+        return count
+
+
+def _round(nbytes: int) -> int:
+    """To a whole number of huge pages, at least 64 MiB: small runs that follow one another then share one slab."""
+    return max(64 << 20, -(-nbytes // HUGE) * HUGE)
+
+
+def address_of(view: Bytes) -> int:
+    return int(view.ctypes.data)
+
+
+def copy_bytes(target: int, source: int, nbytes: int) -> None:
+    """memcpy between addresses of this process; releases the interpreter lock."""
+    ctypes.memmove(target, source, nbytes)

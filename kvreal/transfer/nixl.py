@@ -1,0 +1,343 @@
+"""NIXL over UCX: one-sided reads and writes between slabs, no progress thread.
+
+* One agent a process, named after it: a new life is a new process and so a new name, and nothing addressed to the old
+  one reaches it. Metadata comes through the window's grant, as bytes from a peer of the same run.
+* Copies run in their own threads and hold the agent's lock for one batch at a time: on one host UCX's ``transfer``
+  is a synchronous system call of up to 12 ms a batch, during which others wait their turn but the loop does not.
+* Over tcp UCX emulates one-sided operations, so the *target* must make progress: it does while a window is open.
+* Releasing a handle does not stop a transfer. A copy told to stop posts nothing more and ends when what it has posted
+  has ended; past its deadline the connection is torn down.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import glob
+import importlib
+import select
+import socket
+import threading
+import time
+from typing import Any, Dict, Final, List, Optional, Tuple
+
+import numpy as np
+import numpy.typing as npt
+
+from kvreal.memory import Memory, Place, Slab
+from kvreal.transfer.base import Job, Stopped, Transfer, TransferError
+from kvreal.transfer.proof import Tables
+from kvreal.transfer.window import Hello, Info, Window, split_endpoint
+
+BATCH_BYTES: Final = 64 << 20
+IN_FLIGHT: Final = 8
+SHORTEST_SLEEP_S: Final = 20e-6
+LONGEST_SLEEP_S: Final = 1e-3
+REVOKE: Final = b"R"
+
+Descriptors = npt.NDArray[np.uint64]
+"""N x 3: address, bytes, device."""
+
+
+def load_nixl() -> Any:
+    """NIXL's Python API. Its chooser imports torch to ask for a CUDA version (0.6 s): without a GPU there is none."""
+    if not glob.glob("/dev/nvidia[0-9]*"):
+        for name in ("nixl_cu13", "nixl_cu12"):
+            with contextlib.suppress(ImportError):
+                return importlib.import_module(f"{name}._api")
+    return importlib.import_module("nixl._api")
+
+
+class Peer:
+    """What is known of another process's agent."""
+
+    def __init__(self, info: Info) -> None:
+        self.agent: str = info.agent
+        self.generation: int = info.generation
+        self.places: Dict[str, Place] = {place.name: place for place in info.places}
+        self.scratch: int = info.scratch
+
+
+class NixlTransfer(Transfer):
+    name = "nixl"
+
+    def __init__(self, memory: Memory, tables: Optional[Tables] = None) -> None:
+        self.tables: Tables = tables or Tables()
+        self.agent_lock: threading.Lock = threading.Lock()
+        self.peers: Dict[str, Peer] = {}
+        self.registered: List[Tuple[Slab, Any]] = []
+        super().__init__(memory)
+        api = load_nixl()
+        config = api.nixl_agent_config(enable_prog_thread=False, backends=["UCX"])
+        self.agent: Any = api.nixl_agent(self.process, config)
+        if "UCX" not in self.agent.backends:
+            raise TransferError("nixl has no UCX backend here")
+        self.memory_changed()
+
+    def memory_changed(self) -> None:
+        """Register the slabs that are new and drop those that are gone; a slab is registered whole, once."""
+        now = self.memory.slabs()
+        with self.agent_lock:
+            for slab, descriptors in self.registered:
+                if slab not in now:
+                    self.agent.deregister_memory(descriptors)
+            kept = [item for item in self.registered if item[0] in now]
+            known = [slab for slab, _ in kept]
+            for slab in now:
+                if slab not in known:
+                    region = [(slab.address, slab.nbytes, 0, "")]
+                    kept.append((slab, self.agent.register_memory(region, slab.nixl_kind)))
+            self.registered = kept
+
+    def info(self) -> Info:
+        with self.agent_lock:
+            metadata = self.agent.get_agent_metadata()
+        memory = self.memory
+        return Info(memory.generation, self.process, metadata, tuple(memory.places.values()), memory.scratch())
+
+    # ---- the side whose memory is touched
+    def serve(self, window: Window) -> None:
+        """Make progress until the other side hangs up: often at first, then ever less."""
+        sleep_s = SHORTEST_SLEEP_S
+        poller = select.poll()
+        poller.register(window.sock, select.POLLIN)
+        while not poller.poll(0):
+            with self.agent_lock:
+                self.agent.get_new_notifs()
+            time.sleep(sleep_s)
+            sleep_s = min(sleep_s * 1.1, LONGEST_SLEEP_S)
+        self._drain()
+
+    def _drain(self) -> None:
+        """Take in what a writer that has gone had sent before (emulated writes only; CMA and RDMA leave nothing)."""
+        for _ in range(3):
+            with self.agent_lock:
+                self.agent.get_new_notifs()
+
+    def revoke(self, window: Window) -> None:
+        with contextlib.suppress(OSError):
+            window.sock.send(REVOKE, socket.MSG_DONTWAIT)
+
+    # ---- the side that moves the bytes
+    def carry(self, job: Job) -> str:
+        copy = job.copy
+        process = split_endpoint(copy.endpoint)[3]
+        peer = self.peers.get(process)
+        sock, grant = self.connect(job, peer.generation if peer is not None else -1)
+        with sock:
+            if grant.info is not None:
+                peer = self._meet(process, grant.info)
+            if peer is None:
+                raise TransferError(f"{copy.effect.peer} did not say how to reach its memory")
+            mine, theirs = self._descriptors(job, peer)
+            try:
+                self._move(job, peer, sock, mine, theirs)
+            except Exception:
+                if not job.aborted.is_set():
+                    self._forget(process)  # a connection that failed once is not tried again
+                raise
+            if copy.fate.corrupt and not copy.effect.read:
+                self._spoil_theirs(job, peer, theirs)
+        operation = "read" if copy.effect.read else "write"
+        return f"nixl/ucx/{self.tables.lanes(operation, int(theirs[:, 1].max()))}"
+
+    def _meet(self, process: str, info: Info) -> Peer:
+        """Load a peer's metadata, in place of an older one's."""
+        if info.agent != process:
+            raise TransferError(f"the endpoint says {process}, the process says {info.agent}")
+        with self.agent_lock:
+            if process in self.peers:
+                self.agent.remove_remote_agent(process)
+            self.agent.add_remote_agent(info.metadata)
+        peer = self.peers[process] = Peer(info)
+        return peer
+
+    def _forget(self, process: str) -> None:
+        with self.agent_lock:
+            if self.peers.pop(process, None) is not None:
+                with contextlib.suppress(Exception):
+                    self.agent.remove_remote_agent(process)
+
+    def _descriptors(self, job: Job, peer: Peer) -> Tuple[Descriptors, Descriptors]:
+        """(mine, theirs): one row a run of chunks that are neighbours on both sides, none above a batch."""
+        effect = job.copy.effect
+        here = self.memory.places[effect.location]
+        there = peer.places.get(effect.peer_location)
+        if there is None:
+            raise TransferError(f"{effect.peer} has no location {effect.peer_location}")
+        mine: List[Tuple[int, int, int]] = []
+        theirs: List[Tuple[int, int, int]] = []
+        for slot, peer_slot, size in job.spans:
+            a = here.address + slot * here.slot_bytes
+            b = there.address + peer_slot * there.slot_bytes
+            if mine:
+                a0, size0, _ = mine[-1]
+                b0 = theirs[-1][0]
+                if a0 + size0 == a and b0 + size0 == b and size0 + size <= BATCH_BYTES:
+                    mine[-1] = (a0, size0 + size, here.device)
+                    theirs[-1] = (b0, size0 + size, there.device)
+                    continue
+            mine.append((a, size, here.device))
+            theirs.append((b, size, there.device))
+        return np.array(mine, dtype=np.uint64), np.array(theirs, dtype=np.uint64)
+
+    def _move(self, job: Job, peer: Peer, sock: socket.socket, mine: Descriptors, theirs: Descriptors) -> None:
+        """Post batch after batch, several in flight where the transport is asynchronous; wait for them all."""
+        flying: List[Tuple[Any, int]] = []
+        batches = _batches(mine)
+        kinds = self._kinds(job, peer)
+        sleep_s = SHORTEST_SLEEP_S
+        poller = select.poll()
+        poller.register(sock, select.POLLIN)
+        revoked = False
+        try:
+            job.began()
+            while batches or flying:
+                if poller.poll(0) and not job.aborted.is_set():
+                    revoked = True  # revoked, or the peer has gone
+                stopping = revoked or job.aborted.is_set()
+                if stopping:
+                    batches = []
+                elif batches and len(flying) < IN_FLIGHT:
+                    first, last = batches.pop(0)
+                    handle, done = self._post(job, peer, kinds, mine[first:last], theirs[first:last])
+                    nbytes = int(mine[first:last, 1].sum())
+                    if done:
+                        job.moved += nbytes
+                    else:
+                        flying.append((handle, nbytes))
+                    continue
+                if flying:
+                    landed = self._poll(job, flying)
+                    sleep_s = SHORTEST_SLEEP_S if landed else min(sleep_s * 1.1, LONGEST_SLEEP_S)
+                    if not landed:
+                        if job.expired and time.monotonic_ns() > job.deadline_ns + 100_000_000:
+                            self._tear_down(job, flying)
+                        time.sleep(sleep_s)
+        finally:
+            with self.agent_lock:
+                for handle, _ in flying:
+                    with contextlib.suppress(Exception):
+                        self.agent.release_xfer_handle(handle)
+        job.check()
+        if revoked:
+            raise TransferError(f"{job.copy.effect.peer} closed its window after {job.moved} bytes")
+
+    def _kinds(self, job: Job, peer: Peer) -> Tuple[str, str]:
+        effect = job.copy.effect
+        return self.memory.places[effect.location].kind, peer.places[effect.peer_location].kind
+
+    def _post(
+        self, job: Job, peer: Peer, kinds: Tuple[str, str], mine: Descriptors, theirs: Descriptors
+    ) -> Tuple[Any, bool]:
+        agent = self.agent
+        operation = "READ" if job.copy.effect.read else "WRITE"
+        with self.agent_lock:
+            here = agent.get_xfer_descs(mine, kinds[0])
+            there = agent.get_xfer_descs(theirs, kinds[1])
+            handle = agent.initialize_xfer(operation, here, there, peer.agent)
+            try:
+                state = agent.transfer(handle)
+            except BaseException:
+                with contextlib.suppress(Exception):
+                    agent.release_xfer_handle(handle)
+                raise
+            if state == "DONE":
+                agent.release_xfer_handle(handle)
+        if state == "ERR":
+            raise TransferError("nixl says ERR")
+        return handle, state == "DONE"
+
+    def _poll(self, job: Job, flying: List[Tuple[Any, int]]) -> bool:
+        """Take out what has landed; True if something has."""
+        landed = False
+        with self.agent_lock:
+            for item in list(flying):
+                handle, nbytes = item
+                state = self.agent.check_xfer_state(handle)
+                if state == "PROC":
+                    continue
+                flying.remove(item)
+                self.agent.release_xfer_handle(handle)
+                if state != "DONE":
+                    raise TransferError(f"nixl says {state}")
+                job.moved += nbytes
+                landed = True
+        return landed
+
+    def _tear_down(self, job: Job, flying: List[Tuple[Any, int]]) -> None:
+        """The deadline has passed and something is still in flight: end the connection under it."""
+        self._forget(split_endpoint(job.copy.endpoint)[3])
+        raise Stopped
+
+    def _spoil_theirs(self, job: Job, peer: Peer, theirs: Descriptors) -> None:
+        """Turn a byte over in what was written: write one byte that differs from the source's."""
+        effect = job.copy.effect
+        slot, _, size = job.spans[len(job.spans) // 2]
+        offset = size // 2
+        self.memory.scratch_bytes()[0] = self.memory.get(effect.location, slot, size)[offset] ^ 0xFF
+        place = peer.places[effect.peer_location]
+        target = place.address + job.spans[len(job.spans) // 2][1] * place.slot_bytes + offset
+        here = np.array([(self.memory.scratch(), 1, 0)], dtype=np.uint64)
+        there = np.array([(target, 1, place.device)], dtype=np.uint64)
+        handle, done = self._post(job, peer, ("DRAM", place.kind), here, there)
+        flying = [] if done else [(handle, 0)]
+        while flying:
+            self._poll(job, flying)
+            time.sleep(SHORTEST_SLEEP_S)
+
+    # ---- first contact
+    def introduce(self, address: str, endpoint: str) -> None:
+        """Load a peer's metadata and read one word of its scratch page: the first copy then finds its connection made
+        (3 to 26 ms). A peer that cannot be reached is none of our business yet."""
+        kind, _, _, process = split_endpoint(endpoint)
+        if kind == self.name and process != self.process:
+            threading.Thread(target=self._greet, args=(address, endpoint, process), name="greet", daemon=True).start()
+
+    def _greet(self, address: str, endpoint: str, process: str) -> None:
+        with contextlib.suppress(Exception):
+            peer = self.peers.get(process)
+            hello = Hello(self.token, "greet", self.address, 0, address, 0, "", (), peer.generation if peer else -1)
+            sock, grant = self._dial(endpoint, hello, None)
+            with sock:
+                if grant.info is None:
+                    return  # met before
+                peer = self._meet(process, grant.info)
+                there = np.array([(peer.scratch + 64, 8, 0)], dtype=np.uint64)
+                here = np.array([(self.memory.scratch() + 128, 8, 0)], dtype=np.uint64)
+                with self.agent_lock:
+                    agent = self.agent
+                    handle = agent.initialize_xfer(
+                        "READ", agent.get_xfer_descs(here, "DRAM"), agent.get_xfer_descs(there, "DRAM"), peer.agent
+                    )
+                    state = agent.transfer(handle)
+                until = time.monotonic() + 5.0
+                while state == "PROC" and time.monotonic() < until:
+                    time.sleep(SHORTEST_SLEEP_S * 10)
+                    with self.agent_lock:
+                        state = agent.check_xfer_state(handle)
+                with self.agent_lock:
+                    agent.release_xfer_handle(handle)
+
+    def stop(self) -> None:
+        super().stop()
+        with self.agent_lock:
+            for _, descriptors in self.registered:
+                with contextlib.suppress(Exception):
+                    self.agent.deregister_memory(descriptors)
+            self.registered = []
+
+
+def _batches(rows: Descriptors) -> List[Tuple[int, int]]:
+    """[first, last) ranges of rows, each of at most BATCH_BYTES or of one row."""
+    found: List[Tuple[int, int]] = []
+    first = 0
+    size = 0
+    for i in range(len(rows)):
+        row = int(rows[i, 1])
+        if i > first and size + row > BATCH_BYTES:
+            found.append((first, i))
+            first, size = i, 0
+        size += row
+    if len(rows):
+        found.append((first, len(rows)))
+    return found

@@ -1,0 +1,261 @@
+"""Windows: who is reading or writing this process's memory just now, and how they are told to stop.
+
+Every copy opens one TCP connection to the process whose memory it touches and says who it is and which life of that
+process it means; the copy may begin when that is granted, and the window is open for as long as the connection is. One-
+sided transports (NIXL) cannot be refused by their target otherwise: memory stays writable even after it was
+deregistered. The kernel closes a dead process's connections only after its last thread has gone, so the end of a
+connection is proof that its writer has stopped. Messages are plain integers and strings; nothing is unpickled.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hmac
+import socket
+import struct
+import threading
+from typing import Callable, Dict, List, Optional, Tuple
+
+import msgspec
+
+from kvreal.memory import Place
+
+MAX_MESSAGE: int = 16 << 20
+HELLO_TIMEOUT_S: float = 10.0
+
+
+class TransferError(Exception):
+    """A copy, or a transport, that failed; the message says why."""
+
+
+class Hello(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """``kind``: read, write or greet (a first contact that moves nothing). ``spans``: (slot, bytes) of my memory."""
+
+    token: str
+    kind: str
+    peer: str
+    peer_epoch: int
+    to: str
+    epoch: int
+    location: str = ""
+    spans: Tuple[Tuple[int, int], ...] = ()
+    generation: int = -1
+
+
+class Info(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How to reach this process's memory."""
+
+    generation: int
+    agent: str
+    metadata: bytes
+    places: Tuple[Place, ...]
+    scratch: int
+
+
+class Grant(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    ok: bool
+    why: str = ""
+    info: Optional[Info] = None
+
+
+_encode = msgspec.msgpack.Encoder().encode
+_hello = msgspec.msgpack.Decoder(Hello).decode
+_grant = msgspec.msgpack.Decoder(Grant).decode
+
+
+def read_exactly(sock: socket.socket, size: int) -> bytes:
+    """ConnectionError if the peer hangs up first."""
+    parts = bytearray()
+    while len(parts) < size:
+        part = sock.recv(size - len(parts))
+        if not part:
+            raise ConnectionError("connection closed")
+        parts += part
+    return bytes(parts)
+
+
+def send_message(sock: socket.socket, message: msgspec.Struct) -> None:
+    body = _encode(message)
+    sock.sendall(struct.pack("<I", len(body)) + body)
+
+
+def read_message(sock: socket.socket) -> bytes:
+    (size,) = struct.unpack("<I", read_exactly(sock, 4))
+    if size > MAX_MESSAGE:
+        raise ConnectionError(f"a message of {size} bytes, expected at most {MAX_MESSAGE}")
+    return read_exactly(sock, size)
+
+
+class Window:
+    """One open connection, seen from the side whose memory is touched."""
+
+    def __init__(self, hello: Hello, sock: socket.socket) -> None:
+        self.hello: Hello = hello
+        self.sock: socket.socket = sock
+        self.revoked: bool = False
+
+
+Serve = Callable[[Window], None]
+
+
+class WindowServer:
+    """Accepts windows, one thread each. ``prepare`` runs before one is granted, ``serve`` while it is open, ``ended``
+    after each end."""
+
+    def __init__(
+        self,
+        prepare: Serve,
+        serve: Serve,
+        revoke: Serve,
+        info: Callable[[], Optional[Info]],
+        ended: Callable[[], None],
+    ) -> None:
+        self.prepare: Serve = prepare
+        self.serve: Serve = serve
+        self.revoke: Serve = revoke
+        self.info: Callable[[], Optional[Info]] = info
+        self.ended: Callable[[], None] = ended
+        self.lock: threading.Lock = threading.Lock()
+        self.windows: List[Window] = []
+        self.closed: Dict[str, int] = {}
+        self.token: str = ""
+        self.address: str = ""
+        self.epoch: int = 0
+        self.refused: int = 0
+        self.listener: socket.socket = socket.create_server(("127.0.0.1", 0), backlog=128)
+        self.port: int = self.listener.getsockname()[1]
+        self.thread: threading.Thread = threading.Thread(target=self._accept, name="windows", daemon=True)
+        self.thread.start()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                sock, _ = self.listener.accept()
+            except OSError:
+                return
+            threading.Thread(target=self._handle, args=(sock,), name="window", daemon=True).start()
+
+    def _handle(self, sock: socket.socket) -> None:
+        with sock:
+            try:
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                sock.settimeout(HELLO_TIMEOUT_S)
+                hello = _hello(read_message(sock))
+                sock.settimeout(None)
+                window = Window(hello, sock)
+                why = self._open(window)
+                if why:
+                    self.refused += 1
+                    send_message(sock, Grant(False, why))
+                    return
+            except (OSError, msgspec.MsgspecError):
+                self.refused += 1
+                return
+            try:
+                try:
+                    self.prepare(window)
+                except Exception as error:
+                    self.refused += 1
+                    send_message(sock, Grant(False, str(error)))
+                    return
+                info = self.info()
+                fresh = info is not None and info.generation != hello.generation
+                send_message(sock, Grant(True, "", info if fresh else None))
+                self.serve(window)
+            except (OSError, TransferError):
+                pass  # the other side sees the end of the connection
+            finally:
+                with self.lock:
+                    self.windows.remove(window)
+        self.ended()
+
+    def _open(self, window: Window) -> str:
+        """Why it is refused, or "" and it is open."""
+        hello = window.hello
+        with self.lock:
+            if not self.token or not hmac.compare_digest(hello.token.encode(), self.token.encode()):
+                return "another run's copy"
+            if hello.to != self.address:
+                return f"this is {self.address}, not {hello.to}"
+            if hello.kind != "greet":
+                if hello.epoch != self.epoch or not self.epoch:
+                    return f"epoch {hello.epoch} of {hello.to} is over"
+                if hello.kind == "write" and hello.peer_epoch <= self.closed.get(hello.peer, 0):
+                    return f"the window of {hello.peer} is closed"
+            self.windows.append(window)
+        return ""
+
+    def begin(self, token: str, address: str) -> None:
+        """A new run: whoever still comes from an older one is refused."""
+        with self.lock:
+            self.token, self.address, self.epoch, self.closed = token, address, 0, {}
+
+    def set_epoch(self, epoch: int) -> None:
+        """Windows that were opened to an older life of this process are revoked."""
+        with self.lock:
+            self.epoch = epoch
+            for window in self.windows:
+                if window.hello.kind != "greet" and window.hello.epoch != epoch:
+                    self._revoke(window)
+
+    def close(self, peer: str, epoch: int) -> None:
+        """Refuse every further write of (peer, epoch) and revoke those that are open; see ``writers``."""
+        with self.lock:
+            self.closed[peer] = max(epoch, self.closed.get(peer, 0))
+            for window in self.windows:
+                if _writes(window, peer, epoch):
+                    self._revoke(window)
+
+    def _revoke(self, window: Window) -> None:
+        if not window.revoked:
+            window.revoked = True
+            self.revoke(window)
+
+    def writers(self, peer: str, epoch: int) -> int:
+        """How many windows through which (peer, epoch) may still write are open."""
+        with self.lock:
+            return sum(_writes(window, peer, epoch) for window in self.windows)
+
+    def open_count(self) -> int:
+        with self.lock:
+            return sum(window.hello.kind != "greet" for window in self.windows)
+
+    def stop(self) -> None:
+        hang_up(self.listener)
+        with self.lock:
+            windows = list(self.windows)
+        for window in windows:
+            hang_up(window.sock, close=False)
+
+
+def _writes(window: Window, peer: str, epoch: int) -> bool:
+    hello = window.hello
+    return hello.kind == "write" and hello.peer == peer and hello.peer_epoch <= epoch
+
+
+def hang_up(sock: socket.socket, close: bool = True) -> None:
+    """End a connection under whoever is blocked on it."""
+    with contextlib.suppress(OSError):
+        sock.shutdown(socket.SHUT_RDWR)
+    if close:
+        sock.close()
+
+
+def split_endpoint(endpoint: str) -> Tuple[str, str, int, str]:
+    """(transport, host, port, process) of an endpoint string; TransferError for anything else."""
+    parts = endpoint.split("|")
+    if len(parts) != 4 or not parts[2].isdigit():
+        raise TransferError(f"no endpoint: {endpoint!r}")
+    return parts[0], parts[1], int(parts[2]), parts[3]
+
+
+def open_window(sock: socket.socket, hello: Hello) -> Grant:
+    """Ask for a window on a connected socket. TransferError if it is refused, OSError if the peer hangs up."""
+    send_message(sock, hello)
+    try:
+        grant = _grant(read_message(sock))
+    except msgspec.MsgspecError as error:
+        raise TransferError(f"no grant from {hello.to}: {error}") from error
+    if not grant.ok:
+        raise TransferError(f"refused by {hello.to}: {grant.why}")
+    return grant

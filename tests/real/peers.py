@@ -1,0 +1,172 @@
+"""Processes with a memory and a transport and nothing else, told what to do in JSON lines: what transports are tested on.
+
+Run as a program it is such a process; imported it is what starts them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any, Dict, List, Optional
+
+ROOT = Path(__file__).resolve().parents[2]
+LOCATION = "LocalCPUBackend"
+TOKEN = "a run"
+
+
+def key(i: int) -> bytes:
+    return i.to_bytes(32, "little")
+
+
+class Peer:
+    """A child process; every method asks it something and waits for its answer."""
+
+    def __init__(self, address: str, transport: str, env: Optional[Dict[str, str]] = None) -> None:
+        self.address = address
+        self.process = subprocess.Popen(
+            [sys.executable, __file__, transport],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env={**os.environ, "PYTHONPATH": str(ROOT), **(env or {})},
+            text=True,
+        )
+
+    def ask(self, do: str, timeout_s: float = 30.0, **args: Any) -> Any:
+        self.tell(do, **args)
+        return self.answer(timeout_s)
+
+    def tell(self, do: str, **args: Any) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps({"do": do, **args}) + "\n")
+        self.process.stdin.flush()
+
+    def answer(self, timeout_s: float = 30.0) -> Any:
+        assert self.process.stdout is not None
+        ready, _, _ = select.select([self.process.stdout], [], [], timeout_s)
+        if not ready:
+            raise TimeoutError(f"{self.address} gave no answer in {timeout_s} s")
+        line = self.process.stdout.readline()
+        if not line:
+            raise EOFError(f"{self.address} has gone, exit status {self.process.wait()}")
+        answer = json.loads(line)
+        if isinstance(answer, dict) and "error" in answer:
+            raise RuntimeError(answer["error"])
+        return answer
+
+    def begin(self, slots: int, slot_bytes: int, epoch: int, location: str = LOCATION) -> str:
+        """Lay out memory, begin a run; returns the endpoint."""
+        endpoint = self.ask(
+            "begin", location=location, slots=slots, slot_bytes=slot_bytes, address=self.address, epoch=epoch
+        )
+        assert isinstance(endpoint, str)
+        return endpoint
+
+    def ended(self, timeout_s: float = 30.0) -> List[Dict[str, Any]]:
+        """Wait for something to end; what has."""
+        found = self.ask("take", timeout_s=timeout_s + 5, wait_s=timeout_s)
+        assert isinstance(found, list)
+        return found
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        for pipe in (self.process.stdin, self.process.stdout):
+            if pipe is not None:
+                pipe.close()
+
+
+def main(transport: str) -> None:
+    from kvreal.transfer import proof
+
+    out, sink = proof.redirect_stdout()
+    from kvcore.protocol.machine import StartCopy
+    from kvreal.engines import synthetic
+    from kvreal.memory import Memory
+    from kvreal.transfer import make
+    from kvreal.transfer.base import Copy, Fate
+
+    memory = Memory()
+    mover = make(transport, memory)
+    if hasattr(mover, "tables"):
+        mover.tables.fd = sink
+    bpt = 1024
+
+    def take(wait_s: float) -> Any:
+        found: List[Any] = []
+        until = time.monotonic() + wait_s
+        while not found and time.monotonic() < until:
+            select.select([mover.fileno()], [], [], max(0.0, until - time.monotonic()))
+            mover.expire(time.monotonic_ns())
+            found = mover.take()
+        return [
+            {"what": type(item).__name__, **{f: getattr(item, f) for f in item.__struct_fields__}} for item in found
+        ]
+
+    def obey(do: str, a: Dict[str, Any]) -> Any:
+        nonlocal bpt
+        if do == "begin":
+            if memory.lay_out([(a["location"], a["slots"])], a["slot_bytes"]):
+                mover.memory_changed()
+            mover.begin(TOKEN, a["address"])
+            mover.set_epoch(a["epoch"])
+            return mover.endpoint()
+        if do == "epoch":
+            return mover.set_epoch(a["epoch"])
+        if do == "fill":
+            bpt = a["bpt"]
+            memory.soil(a["location"], [a["slot"]])
+            return synthetic.fill(memory.view(a["location"], a["slot"], a["tokens"] * bpt), key(a["key"]), a["tokens"], bpt)
+        if do == "check":
+            view = memory.view(a["location"], a["slot"], a["tokens"] * a["bpt"])
+            return synthetic.check(view, key(a["key"]), a["tokens"], a["bpt"])
+        if do == "wipe":
+            return memory.wipe()
+        if do == "copy":
+            effect = StartCopy(
+                tuple(a["rid"]), a["read"], a["peer"], a["peer_epoch"], a.get("peer_location", LOCATION),
+                tuple(a["peer_slots"]), a.get("location", LOCATION), tuple(a["slots"]), tuple(a["lens"]),
+            )  # fmt: skip
+            fate = Fate(**a.get("fate", {}))
+            return mover.start(
+                Copy(effect, a["endpoint"], a["epoch"], a["bpt"], a.get("copy_max_ns", 60_000_000_000), fate)
+            )
+        if do == "abort":
+            return mover.abort(tuple(a["rid"]))
+        if do == "close":
+            return mover.close_window(a["peer"], a["epoch"])
+        if do == "greet":
+            return mover.introduce(a["peer"], a["endpoint"])
+        if do == "take":
+            return take(a["wait_s"])
+        if do == "pending":
+            return mover.pending()
+        if do == "tcp_bytes":
+            return proof.tcp_bytes()
+        if do == "ucx":
+            return os.pread(sink, 1 << 20, 0).decode()
+        if do == "quit":
+            mover.stop()
+            if hasattr(mover, "agent"):
+                del mover.agent
+            return os.pread(sink, 1 << 20, 0).decode()
+        raise ValueError(do)
+
+    for line in sys.stdin:
+        a = json.loads(line)
+        do = a.pop("do")
+        try:
+            answer = obey(do, a)
+        except Exception as error:
+            answer = {"error": f"{type(error).__name__}: {error}"}
+        os.write(out, (json.dumps(answer) + "\n").encode())
+        if do == "quit":
+            return
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
