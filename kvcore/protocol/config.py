@@ -99,7 +99,8 @@ class Config(msgspec.Struct, frozen=True, gc=False, forbid_unknown_fields=True, 
         least = self.lease_ns + 2 * self.retry_ns
         if self.release_give_up_ns < least:
             raise ConfigError(
-                f"release_give_up_ns = {self.release_give_up_ns} ns must not be below lease_ns + 2 retry_ns = {least} ns"
+                f"release_give_up_ns = {self.release_give_up_ns} ns must not be below "
+                f"lease_ns + 2 retry_ns = {least} ns"
             )
 
 

@@ -85,14 +85,20 @@ class Controller(Machine):
         self.epochs: int = 0
         self.registry: Registry = Registry(config)
         self.moves: Coordinator = Coordinator(self.registry, self.timers, config)
-        self.moves.on_ended = self.on_child_ended
         self.fanouts: Fanouts = Fanouts(self.registry, self.timers, config)
         self.drains: Dict[int, Drain] = {}
         #: child move -> its drain
         self.parents: Dict[int, int] = {}
         self.probing: Dict[Tuple[str, int], Probing] = {}
+        self.on_message: Dict[Any, Callable[[int, str, Any, List[Effect]], None]] = {}
+        self.on_timer: Dict[str, Callable[[int, TimerName, List[Effect]], None]] = {}
+        self.wire()
+
+    def wire(self) -> None:
+        """Fill the dispatch tables (again, after the machine has been copied without them)."""
         moves = self.moves
-        self.on_message: Dict[Any, Callable[[int, str, Any, List[Effect]], None]] = {
+        moves.on_ended = self.on_child_ended
+        self.on_message = {
             Pinned: moves.on_pinned,
             Reserved: moves.on_reserved,
             Committed: moves.on_committed,
@@ -114,7 +120,7 @@ class Controller(Machine):
             CancelRequest: self.on_cancel,
             StatusRequest: self.on_status,
         }
-        self.on_timer: Dict[str, Callable[[int, TimerName, List[Effect]], None]] = {
+        self.on_timer = {
             "retry": moves.on_retry,
             "forget": moves.on_forget,
             "fanout": self.fanouts.on_timer,
@@ -429,7 +435,9 @@ class Controller(Machine):
             return
         out.append(Send(src, self.moves.answer(m.event, m.op)))
 
-    def _fanout(self, now: int, src: str, op: str, kind: str, position: Position, out: List[Effect]) -> Optional[Fanout]:
+    def _fanout(
+        self, now: int, src: str, op: str, kind: str, position: Position, out: List[Effect]
+    ) -> Optional[Fanout]:
         ranks, reason, detail = self._place(position)
         if ranks is None:
             out.append(Send(src, Answer(op, "refused", reason=reason, detail=detail)))

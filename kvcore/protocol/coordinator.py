@@ -410,7 +410,7 @@ class Coordinator:
         self._maybe_done(now, event, out)
 
     def _maybe_done(self, now: int, event: Event, out: List[Effect]) -> None:
-        if all([released is not None for released in event.released]):
+        if None not in event.released:
             self.finish(now, event, DONE, "", out)
 
     # ---- the world around it changes

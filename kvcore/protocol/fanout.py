@@ -1,4 +1,4 @@
-"""A question to every rank of an instance, asked until all have answered or time is up: clear, user pins and their end."""
+"""A question to every rank of an instance, asked until all have answered or time is up: clear, pin, unpin."""
 
 from __future__ import annotations
 

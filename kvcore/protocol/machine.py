@@ -28,7 +28,6 @@ from kvcore.protocol.messages import (
     Key,
     MoveRequest,
     Pid,
-    Position,
     Register,
     Rid,
     SourceOutcome,
@@ -93,8 +92,8 @@ JournalRecord = Union[Incarnation, Begin, Decide, EpochIssued, Outcome]
 
 # ---- inputs ---------------------------------------------------------------------------------------------------------
 class Boot(Record, frozen=True, gc=False):
-    """The first input of a life. Controller: ``incarnation`` (0: one more than the journal's) and the journal's records,
-    oldest first. Worker: a fresh ``nonce``. Client: nothing."""
+    """The first input of a life. Controller: ``incarnation`` (0: one more than the journal's) and the journal's
+    records, oldest first. Worker: a fresh ``nonce``. Client: nothing."""
 
     nonce: int = 0
     incarnation: int = 0
@@ -159,7 +158,7 @@ class Send(Record, frozen=True, gc=False):
 
 
 class StartCopy(Record, frozen=True, gc=False):
-    """Move ``lens[i]`` tokens' bytes between my slots[i] of ``location`` and the peer's peer_slots[i] of ``peer_location``.
+    """Move ``lens[i]`` tokens' bytes between my slots[i] of ``location`` and the peer's peer_slots[i].
 
     ``read``: from the peer to me; else from me to the peer (a push; ``rid`` is then the peer's).
     """

@@ -116,7 +116,7 @@ class LocationSeq(msgspec.Struct, frozen=True, gc=False, array_like=True):
 
 
 class Beat(Message, frozen=True, gc=False):
-    """worker -> controller, every beat_ns. Carries each location's (inc, seq), so a lost last Delta is noticed (H29)."""
+    """worker -> controller, every beat_ns. Each location's (inc, seq), so that a lost last Delta is noticed (H29)."""
 
     epoch: int
     locations: Tuple[LocationSeq, ...]
@@ -216,7 +216,7 @@ class Reserved(Message, frozen=True, gc=False):
 
 
 class Committed(Message, frozen=True, gc=False):
-    """destination -> controller: keys[:n] are visible and retained here. n = 0 answers a Retain of an ended retention."""
+    """destination -> controller: keys[:n] are visible and retained here. n = 0 answers a Retain after its end."""
 
     event: int
     inc: Inc
@@ -226,7 +226,7 @@ class Committed(Message, frozen=True, gc=False):
 
 
 class Retain(Message, frozen=True, gc=False):
-    """controller -> destination: keep the event's retention alive. Answered by Committed (or Reserved while copying)."""
+    """controller -> destination: keep the retention alive. Answered by Committed or, while copying, Reserved."""
 
     incarnation: int
     event: int
@@ -333,7 +333,7 @@ class Unhold(Message, frozen=True, gc=False):
 
 
 class Clear(Message, frozen=True, gc=False):
-    """controller -> worker. Clears only while the location's incarnation is still ``inc``, so doubling it is harmless."""
+    """controller -> worker. Clears only while the incarnation is still ``inc``, so doubling it is harmless."""
 
     incarnation: int
     event: int
@@ -414,7 +414,7 @@ class StoreRequest(Message, frozen=True, gc=False):
 
 
 class UseRequest(Message, frozen=True, gc=False):
-    """engine -> its own rank: load the longest held prefix, reading (and checking) its bytes, for at least ``hold_ns``."""
+    """engine -> its own rank: load the longest held prefix, reading and checking its bytes, for ``hold_ns``."""
 
     op: str
     location: str
@@ -430,7 +430,7 @@ class Found(msgspec.Struct, frozen=True, gc=False, array_like=True):
 
 
 class SourceOutcome(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
-    """What one source rank did with the moved chunks. ``deleted`` -1: unknown (the pin was gone when it answered, H25)."""
+    """What one source rank did with the moved chunks. ``deleted`` -1: unknown (the pin was gone, H25)."""
 
     rank: int
     deleted: int = 0
@@ -467,7 +467,7 @@ Wire = Union[
 
 
 def event_id(incarnation: int, counter: int) -> int:
-    """An event's (or epoch's) number: it holds the controller's journaled incarnation, so it is never used twice (H24)."""
+    """An event's (or epoch's) number: it holds the controller's incarnation, so it is never used twice (H24)."""
     return incarnation << 32 | counter
 
 

@@ -70,14 +70,15 @@ class Pool:
         elif self.fresh < self.slots:
             slot = self.fresh
             self.fresh = slot + 1
-        elif evict and self._evict():
+        elif evict and self.evict():
             slot = self.free.pop()
         else:
             return -1
         self.refs[slot] = 1
         return slot
 
-    def _evict(self) -> bool:
+    def evict(self) -> bool:
+        """Drop the least recently used chunk that nothing else refers to and no child needs. False: there is none."""
         refs = self.refs
         kids = self.kids
         for key, entry in self.index.items():

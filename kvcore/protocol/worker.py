@@ -6,7 +6,7 @@ lease, a reservation's end, a quarantine's Stop, a retention's lease.
 
 from __future__ import annotations
 
-from typing import Any, Callable, Dict, List, Tuple, final
+from typing import Any, Callable, Dict, List, final
 
 from kvcore.protocol.config import WorkerSpec
 from kvcore.protocol.destination import Destination
@@ -88,10 +88,19 @@ class Worker(Machine):
         self.source: Source = Source(self.pools, self.timers, config)
         self.destination: Destination = Destination(spec.name, spec.controller, self.pools, self.timers, config)
         self.engine: Engine = Engine(self.pools, self.timers, config)
+        self.on_message: Dict[Any, Callable[[int, str, Any, List[Effect]], None]] = {}
+        #: what a process without an epoch handles too; an engine needs no controller to store and use
+        self.on_birth: Dict[Any, Callable[[int, str, Any, List[Effect]], None]] = {}
+        self.on_input: Dict[Any, Callable[[int, Any, List[Effect]], None]] = {}
+        self.on_timer: Dict[str, Callable[[int, TimerName, List[Effect]], None]] = {}
+        self.wire()
+
+    def wire(self) -> None:
+        """Fill the dispatch tables (again, after the machine has been copied without them)."""
         source = self.source
         destination = self.destination
         engine = self.engine
-        self.on_message: Dict[Any, Callable[[int, str, Any, List[Effect]], None]] = {
+        self.on_message = {
             Pin: source.on_pin,
             Renew: source.on_renew,
             Release: source.on_release,
@@ -110,8 +119,7 @@ class Worker(Machine):
             Resync: self.on_resync,
             PeerGone: self.on_peer_gone,
         }
-        #: what a process without an epoch handles too; an engine needs no controller to store and use
-        self.on_birth: Dict[Any, Callable[[int, str, Any, List[Effect]], None]] = {
+        self.on_birth = {
             Registered: self.on_registered,
             RegisterRefused: self.on_register_refused,
             Probe: self.on_probe,
@@ -119,7 +127,7 @@ class Worker(Machine):
             StoreRequest: engine.on_store,
             UseRequest: engine.on_use,
         }
-        self.on_input: Dict[Any, Callable[[int, Any, List[Effect]], None]] = {
+        self.on_input = {
             Boot: self.on_boot,
             CopyDone: self.on_copy_done,
             CopyStopped: self.on_copy_stopped,
@@ -128,7 +136,7 @@ class Worker(Machine):
             WindowClosed: self.on_window_closed,
             Command: self.on_command,
         }
-        self.on_timer: Dict[str, Callable[[int, TimerName, List[Effect]], None]] = {
+        self.on_timer = {
             "register": self.on_register_timer,
             "beat": self.on_beat_timer,
             "lease": source.on_lease,
@@ -288,10 +296,13 @@ class Worker(Machine):
         self.destination.window_closed(item.peer, item.epoch)
 
     def on_command(self, now: int, item: Command, out: List[Effect]) -> None:
-        """``full``: an injected fault, args (location, on or off): nothing can be taken."""
-        if item.what != "full":
+        """``full`` (location, on | off): an injected fault, nothing can be taken. ``evict`` (location): one chunk."""
+        if item.what == "full":
+            self.pools[item.args[0]].full = item.args[1] == "on"
+        elif item.what == "evict":
+            self.pools[item.args[0]].evict()
+        else:
             raise ProtocolError(f"{self.spec.name}: a worker has no command {item.what}")
-        self.pools[item.args[0]].full = item.args[1] == "on"
 
     def pending(self) -> List[str]:
         source = self.source

@@ -106,9 +106,9 @@ class World:
     def crash(self, name: str) -> None:
         """Kill a process: its memory and its copies end with it."""
         self.machines.pop(name, None)
-        for table in (self.copies, self.fills, self.reads):
-            for at in [at for at in table if at[0] == name]:
-                del table[at]  # type: ignore[attr-defined]
+        self.copies = {at: copy for at, copy in self.copies.items() if at[0] != name}
+        self.fills = {at: fill for at, fill in self.fills.items() if at[0] != name}
+        self.reads = {at: read for at, read in self.reads.items() if at[0] != name}
 
     # ---- inputs
     def give(self, name: str, item: Input) -> List[Effect]:
