@@ -5,8 +5,7 @@ max-min fairness gives: no flow could have more without one that has no more tha
 a switch's uplink and a PCIe lane are all just links.
 
 What keeps it cheap: a flow alone on its links needs no solver; all that happens in one instant is solved once, at its
-end; a start, an end or a change of capacity is solved among the flows that it changes, which are few even where
-hundreds are coupled (SimGrid solves the whole connected component). Every solve puts one entry into the loop's heap,
+end, among the flows that it changes (kvsim/maxmin.py). Every solve puts one entry into the loop's heap,
 for the first end among the flows whose rates it changed; an entry that a later solve has overtaken does nothing.
 
 Rates are bytes a nanosecond (1.0 is 1 GB/s), floats; ends are whole nanoseconds, rounded up.
@@ -14,94 +13,12 @@ Rates are bytes a nanosecond (1.0 is 1 GB/s), floats; ends are whole nanoseconds
 
 from __future__ import annotations
 
-from heapq import heapify, heappop, heapreplace
+from heapq import heapify, heappop
 from math import ceil
-from typing import Any, Callable, Dict, Final, List, Optional, Sequence, Tuple, final
+from typing import Any, Dict, List, Optional, Tuple, final
 
 from kvsim.loop import Loop
-
-Done = Callable[[Any], None]
-
-
-@final
-class Link:
-    """One direction of something that carries bytes."""
-
-    __slots__ = (
-        "capacity",
-        "count",
-        "flows",
-        "index",
-        "latency_ns",
-        "left",
-        "level",
-        "mark",
-        "name",
-        "open",
-        "peak",
-        "spare",
-        "squeezed",
-    )
-
-    def __init__(self, index: int, name: str, capacity: float, latency_ns: int) -> None:
-        self.index: int = index
-        self.name: str = name
-        self.capacity: float = capacity
-        self.latency_ns: int = latency_ns
-        self.flows: Dict[int, Flow] = {}
-        self.squeezed: bool = False  # its capacity has changed since the last solve
-        # the solver's own, good while mark is that of the running solve:
-        self.mark: int = 0
-        self.spare: float = 0.0  # what the flows that keep their rates leave
-        self.count: int = 0  # flows being solved
-        self.left: float = 0.0  # spare, less what has been frozen
-        self.open: int = 0  # flows not frozen yet
-        self.level: float = -1.0  # the share at which it froze flows; -1.0: it froze none
-        self.peak: float = 0.0  # the highest rate that a solved flow has got on it
-
-
-@final
-class Flow:
-    """``remaining`` bytes were left at ``since_ns``, and ``rate`` since. ``stamp`` names the entry that will end it."""
-
-    __slots__ = (
-        "arg",
-        "bottleneck",
-        "cap",
-        "done",
-        "fid",
-        "mark",
-        "nbytes",
-        "next_rate",
-        "path",
-        "rate",
-        "remaining",
-        "since_ns",
-        "stamp",
-    )
-
-    def __init__(self, fid: int, path: Tuple[Link, ...], nbytes: int, done: Done, arg: Any, cap: float) -> None:
-        self.fid: int = fid
-        self.path: Tuple[Link, ...] = path
-        self.nbytes: int = nbytes
-        self.remaining: float = float(nbytes)
-        self.done: Done = done
-        self.arg: Any = arg
-        self.cap: float = cap  # 0.0: none
-        self.rate: float = 0.0
-        self.since_ns: int = 0
-        self.bottleneck: Optional[Link] = None  # None: its own cap, or none yet
-        self.stamp: int = 0
-        self.mark: int = 0
-        self.next_rate: float = -1.0
-
-
-_SPARE: Final = 1e-12
-"""The part of a link's capacity that counts as nothing. Rates agree with an exact solution to far less than 1e-9."""
-
-_ABOVE: Final = 1.0 + 1e-12
-_BELOW: Final = 1.0 - 1e-12
-_INFINITE: Final = 1e300
+from kvsim.maxmin import Done, Flow, Link, Solver
 
 Ending = Tuple[int, int, int, Flow]
 """(end_ns, fid, stamp, flow)"""
@@ -115,10 +32,8 @@ class Fabric:
         self.flows: Dict[int, Flow] = {}
         self.last_fid: int = 0
         self.last_stamp: int = 0
-        self.last_mark: int = 0
         self.dirty: List[Link] = []
-        self.solves: int = 0
-        self.filled_flows: int = 0
+        self.solver: Solver = Solver()
 
     # ---- the interface ----------------------------------------------------------------------------------------------
     def link(self, name: str, bytes_per_s: float, latency_ns: int = 0) -> Link:
@@ -174,7 +89,7 @@ class Fabric:
             raise ValueError(f"link {link.name}: {bytes_per_s} bytes/s, expected above 0")
         link.capacity = bytes_per_s / 1e9
         if link.flows:
-            link.squeezed = True
+            link.resized = True
             self._touch(link)
 
     # ---- joining and leaving ----------------------------------------------------------------------------------------
@@ -251,61 +166,12 @@ class Fabric:
         self.dirty.append(link)
 
     def _solve_dirty(self, _: Any, __: Any) -> None:
-        """Make the rates max-min fair again, changing as few flows as that takes.
-
-        Only the flows whose bottleneck has changed are solved anew, the others keep their rates and are what a link has
-        less. Then each link that a solved flow crosses is looked at: a flow that kept its rate and ought not to have
-        joins the solved ones, and again. When none is left, every flow has a bottleneck: a full link on which no flow
-        has more, or its own cap. There is only one such allocation, so it is the one that solving all would give.
-        """
-        links, flows = self._affected()
-        if not flows:
-            return
-        self.solves += 1
-        more = flows
-        while more:
-            self.filled_flows += len(flows)
-            fill(links, flows)
-            more = misplaced(links, self.last_mark)
-            for flow in more:
-                self._include(flow, links, flows)
-        self._apply(flows)
-
-    def _affected(self) -> Tuple[List[Link], List[Flow]]:
-        """New flows on dirty links, and those that had such a link as their bottleneck."""
-        mark = self.last_mark = self.last_mark + 1
-        links: List[Link] = []
-        flows: List[Flow] = []
-        for link in self.dirty:
-            if link.mark != mark:
-                _enter(link, mark, links)
-        touched = self.dirty
+        dirty = self.dirty
         self.dirty = []
-        for link in touched:
-            squeezed = link.squeezed
-            link.squeezed = False
-            for flow in link.flows.values():
-                if flow.mark != mark and (flow.bottleneck is link or flow.stamp == 0 or squeezed):
-                    self._include(flow, links, flows)
-        return links, flows
-
-    def _include(self, flow: Flow, links: List[Link], flows: List[Flow]) -> None:
-        mark = self.last_mark
-        if flow.mark == mark:
-            return
-        flow.mark = mark
-        flows.append(flow)
-        for link in flow.path:
-            if link.mark != mark:
-                _enter(link, mark, links)
-            link.spare += flow.rate
-            link.count += 1
-
-    def _apply(self, flows: List[Flow]) -> None:
         now = self.loop.now_ns
         stamp = self.last_stamp = self.last_stamp + 1
         endings: List[Ending] = []
-        for flow in flows:
+        for flow in self.solver.solve(dirty):
             rate = flow.next_rate
             if rate != flow.rate or flow.stamp == 0:
                 left = flow.remaining - flow.rate * (now - flow.since_ns)
@@ -319,91 +185,3 @@ class Fabric:
         if endings:
             heapify(endings)
             self.loop.at(endings[0][0], self._next_end, endings)
-
-
-def _enter(link: Link, mark: int, links: List[Link]) -> None:
-    link.mark = mark
-    links.append(link)
-    spare = link.capacity
-    for flow in link.flows.values():
-        spare -= flow.rate
-    link.spare = spare
-    link.count = 0
-
-
-def fill(links: Sequence[Link], flows: Sequence[Flow]) -> None:
-    """Progressive filling of ``flows`` into what ``links`` have to spare: sets next_rate and bottleneck of each flow.
-
-    The link with the least share left freezes its flows at it. A share only ever rises as flows freeze elsewhere, so a
-    heap with stale entries serves: what is met too low is put back.
-    """
-    heap: List[Tuple[float, int, Optional[Flow], Link]] = []
-    for link in links:
-        count = link.count
-        link.level = -1.0
-        link.left = link.spare
-        link.open = count
-        if count:
-            share = link.spare / count
-            heap.append((share if share > 0.0 else 0.0, link.index, None, link))
-    for flow in flows:
-        flow.next_rate = -1.0
-        if flow.cap > 0.0:
-            heap.append((flow.cap, -flow.fid, flow, flow.path[0]))
-    heapify(heap)
-    todo = len(flows)
-    while todo:
-        share, index, capped, link = heap[0]
-        if capped is not None:
-            heappop(heap)
-            if capped.next_rate < 0.0:
-                todo -= 1
-                capped.next_rate = share
-                capped.bottleneck = None
-                for other in capped.path:
-                    other.left -= share
-                    other.open -= 1
-                    other.peak = share
-            continue
-        count = link.open
-        if count == 0:
-            heappop(heap)
-            continue
-        now_share = link.left / count
-        if now_share > share:
-            heapreplace(heap, (now_share, index, None, link))
-            continue
-        heappop(heap)
-        link.level = share
-        mark = link.mark
-        for flow in link.flows.values():
-            if flow.mark == mark and flow.next_rate < 0.0:
-                flow.next_rate = share
-                flow.bottleneck = link
-                todo -= 1
-                for other in flow.path:
-                    other.left -= share
-                    other.open -= 1
-                    other.peak = share
-
-
-def misplaced(links: Sequence[Link], mark: int) -> List[Flow]:
-    """The flows outside the solved set whose rates are not max-min fair any more beside those that ``fill`` gave."""
-    found: List[Flow] = []
-    for link in links:
-        flows = link.flows
-        count = link.count
-        if count == len(flows):
-            continue
-        level = link.level
-        top = level * _ABOVE if level >= 0.0 else _INFINITE
-        if link.left > link.capacity * _SPARE:
-            low = _INFINITE
-        else:
-            low = link.peak * _BELOW if count else 0.0
-        for flow in flows.values():
-            if flow.mark != mark:
-                rate = flow.rate
-                if rate > top or (rate < low and flow.bottleneck is link):
-                    found.append(flow)
-    return found

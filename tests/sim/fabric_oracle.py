@@ -10,8 +10,8 @@ def progressive_filling(
 ) -> Dict[int, float]:
     """``flows``: id -> (indices of its links, own cap or 0.0). Returns id -> rate, in the capacities' unit."""
     left: List[float] = list(capacities)
-    rates: Dict[int, float] = {fid: 0.0 for fid in flows}
-    rising = {fid for fid in flows}
+    rates: Dict[int, float] = dict.fromkeys(flows, 0.0)
+    rising = set(flows)
     while rising:
         step = float("inf")
         for index, spare in enumerate(left):
