@@ -51,8 +51,6 @@ INTERIM: Final[Tuple[str, ...]] = ("pinning", "reserving", "copying", "clearing"
 #: Operations whose first answer may be an interim one; of every other kind any answer is the last.
 TWICE_ANSWERED: Final[Tuple[str, ...]] = ("move", "clear")
 GOOD: Final[Tuple[str, ...]] = ("ok", "done")
-#: Operations that name another one's event.
-NAMES_EVENT: Final[Tuple[str, ...]] = ("cancel", "status", "unpin")
 
 
 class Op(msgspec.Struct, frozen=True, gc=False, omit_defaults=True, forbid_unknown_fields=True):
@@ -75,15 +73,14 @@ class Op(msgspec.Struct, frozen=True, gc=False, omit_defaults=True, forbid_unkno
     refers: Tuple[str, ...] = ()
     """cancel, status, unpin: the step whose event it names. wait: the steps it waits for (none: all before it)."""
     sleep_ns: int = 0
+    window: int = 0
+    """Issue it only while fewer steps than this are open (0: any number)."""
 
 
 class ClientSpec(msgspec.Struct, frozen=True, tag="client", omit_defaults=True, forbid_unknown_fields=True):
-    """``window``: at most so many background steps open at once (0: any number)."""
-
     name: str
     config: Config = Config()
     ops: Tuple[Op, ...] = ()
-    window: int = 0
 
 
 class Open:
@@ -233,7 +230,7 @@ class Client(Machine):
             return
         while self.next < len(ops) and not self.blocked:
             op = ops[self.next]
-            if self.spec.window and op.background and len(self.open) >= self.spec.window:
+            if op.window and len(self.open) >= op.window:
                 return
             if op.after_ns and not self.waited:
                 if not self.timers.armed(("after", self.next, 0)):
@@ -265,7 +262,7 @@ class Client(Machine):
         elif op.kind == "wait":
             self.waiters.append(op.name)
             self._check_wait(now, item)
-        elif op.kind in NAMES_EVENT:
+        elif op.refers:
             self._ask_about(now, item)
         else:
             self._send_part(now, item)

@@ -43,8 +43,8 @@ def plain(name: str, kind: str, **more: Any) -> Op:
 class Play:
     """A client and the little that its driver does: says settled, fires what is due."""
 
-    def __init__(self, *ops: Op, window: int = 0, start: bool = True) -> None:
-        self.client = Client(ClientSpec("client", ops=ops, window=window))
+    def __init__(self, *ops: Op, start: bool = True) -> None:
+        self.client = Client(ClientSpec("client", ops=ops))
         self.now = 0
         self.notes: List[Tuple[str, str]] = []
         self.sent: List[Tuple[str, Any]] = []
@@ -155,7 +155,7 @@ def test_wait_without_names_waits_for_all_before_it() -> None:
 
 
 def test_a_window_bounds_what_is_open() -> None:
-    play = Play(*[store(f"s{i}", background=True) for i in range(5)], window=2)
+    play = Play(*[store(f"s{i}", background=True, window=2) for i in range(5)])
     assert len(play.sent) == 2
     play.answer("s1", "ok", "a/0")
     assert len(play.sent) == 3
