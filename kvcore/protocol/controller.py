@@ -272,7 +272,8 @@ class Controller(Machine):
     def _believe(self, now: int, rank: Rank, out: List[Effect]) -> None:
         old = self.registry.ranks.get((rank.register.instance, rank.register.rank))
         if old is not None:
-            self._out(now, old, "restarted", out)
+            # Under another address it may be another process, and the old one merely not heard of.
+            self._out(now, old, "restarted" if old.address == rank.address else "replaced", out)
         self.registry.believe(now, rank)
         self.timers.set(("dead", rank.number, 0), now + self.spec.config.dead_ns)
         out.append(Note("believed", rank.epoch, rank.address))

@@ -91,7 +91,7 @@ class Coordinator:
         self.by_node: Dict[str, Dict[int, None]] = {}
         self.ended: Dict[int, Outcome] = {}
         self.ended_ns: Dict[int, int] = {}
-        #: done by give-up: its Release may still be on its way, so its retentions are left to lapse by themselves
+        #: done without its sources' word: a Release may still be on its way, so its retentions are left to lapse by themselves
         self.given_up: Dict[int, None] = {}
         #: told of each event's end (drains)
         self.on_ended: Optional[Callable[[int, Event, List[Effect]], None]] = None
@@ -447,6 +447,9 @@ class Coordinator:
                 r = event.src.index(address)
                 if event.released[r] is None:
                     event.released[r] = SourceOutcome(r, -1, 0, why)
+                    if why != "restarted":
+                        # Silent is not ended: a Release may wait in front of a paused process, as after a give-up.
+                        self.given_up[number] = None
                     self._maybe_done(now, event, out)
 
     def on_retry(self, now: int, name: Tuple[str, int, int], out: List[Effect]) -> None:
