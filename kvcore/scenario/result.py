@@ -1,12 +1,13 @@
-"""What a run gives back, in either world: operations, violations, placement, phases of each move."""
+"""What a run gives back, in either world: operations, violations, placement, and the phases of each move."""
 
 from __future__ import annotations
 
-from typing import Tuple
+from typing import Any, Dict, Iterable, List, Mapping, Optional, Protocol, Sequence, Tuple, Union
 
 import msgspec
 
-from kvcore.protocol.messages import Found, SourceOutcome, event_name
+from kvcore.protocol.machine import Begin, CopyDone, Effect, Input, Journal, Outcome, Received, Send, StartCopy
+from kvcore.protocol.messages import Fetch, Found, MoveRequest, Push, Pushed, Rid, SourceOutcome, event_name
 
 
 class Operation(msgspec.Struct, gc=False, omit_defaults=True, forbid_unknown_fields=True):
@@ -39,3 +40,202 @@ class Operation(msgspec.Struct, gc=False, omit_defaults=True, forbid_unknown_fie
     def duration_ns(self) -> int:
         """From request to end; -1 if it has not ended."""
         return self.end_ns - self.start_ns if self.end_ns >= 0 else -1
+
+
+class Violation(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A property of the protocol that did not hold at ``node`` at ``t`` ns."""
+
+    property: str
+    node: str
+    t: int
+    text: str
+
+
+class EventPhases(msgspec.Struct, frozen=True, gc=False, forbid_unknown_fields=True):
+    """Where a done move's time went. ``control``: from its request at the controller to the start of its last copy;
+    ``copy``: from there to the end of the last copy, less ``queue``, what the driver says it waited for others;
+    ``commit``: from there to its final answer. A move that copied nothing is all control."""
+
+    event: int
+    op: str
+    control_ns: int
+    queue_ns: int
+    copy_ns: int
+    commit_ns: int
+    bytes: int
+
+    @property
+    def total_ns(self) -> int:
+        return self.control_ns + self.queue_ns + self.copy_ns + self.commit_ns
+
+
+class Result(msgspec.Struct, forbid_unknown_fields=True):
+    """``world``: sim or real. ``hung``: who was not quiet at the deadline, and why; empty for a run that ended.
+
+    ``placement``: ``instance/location`` -> prompt -> tokens. ``fired``: which faults did, ``kind at anchor`` -> times.
+    """
+
+    world: str
+    scenario: str
+    seed: int
+    operations: List[Operation] = []
+    violations: List[Violation] = []
+    placement: Dict[str, Dict[str, int]] = {}
+    metrics: Dict[str, Union[int, float, str]] = {}
+    transport: Optional[str] = None
+    phases: List[EventPhases] = []
+    hung: List[str] = []
+    history: Optional[str] = None
+    fired: Dict[str, int] = {}
+
+    @property
+    def clean(self) -> bool:
+        return not self.violations and not self.hung
+
+    def operation(self, name: str) -> Optional[Operation]:
+        """The operation of a step, None if it was never issued."""
+        for operation in self.operations:
+            if operation.op == name:
+                return operation
+        return None
+
+    def to_json(self) -> Dict[str, Any]:
+        """Of one world, as ``kvmove run --json`` shows it."""
+        return {
+            "operations": [
+                {**msgspec.to_builtins(_full(operation)), "event_id": operation.event_id}
+                for operation in self.operations
+            ],
+            "violations": msgspec.to_builtins(self.violations),
+            "placement": self.placement,
+            "metrics": self.metrics,
+            "transport": self.transport,
+            "phases": [{**msgspec.to_builtins(phases), "event_id": event_name(phases.event)} for phases in self.phases],
+            "hung": self.hung,
+            "history": self.history,
+            "fired": self.fired,
+        }
+
+
+def _full(operation: Operation) -> Dict[str, Any]:
+    """All fields: what is left out on the wire is written for people's programs."""
+    found = {name: getattr(operation, name) for name in operation.__struct_fields__ if name not in ("event", "found")}
+    found["found"] = [msgspec.structs.asdict(one) for one in operation.found]
+    return found
+
+
+# ---- phases ----------------------------------------------------------------------------------------------------------
+class _Open:
+    """A move that has begun and has not ended."""
+
+    def __init__(self, op: str, begun_ns: int) -> None:
+        self.op: str = op
+        self.begun_ns: int = begun_ns
+        self.started_ns: int = -1
+        self.copied_ns: int = -1
+        self.queue_ns: int = 0
+        self.bytes: int = 0
+        self.rids: List[Rid] = []
+
+
+class PhaseTracker:
+    """Fed with every step of every node, in order of time, it fills ``done``. ``bytes_per_token``: by address."""
+
+    def __init__(self, bytes_per_token: Mapping[str, int], controller: str = "ctl") -> None:
+        self.bytes_per_token: Mapping[str, int] = bytes_per_token
+        self.controller: str = controller
+        self.done: List[EventPhases] = []
+        self._open: Dict[int, _Open] = {}
+        self._event_of: Dict[Rid, int] = {}  # a reservation's id holds its epoch: no two are alike
+
+    def step(self, now: int, node: str, item: Input, effects: Sequence[Effect]) -> None:
+        if node == self.controller:
+            for effect in effects:
+                if type(effect) is Journal:
+                    self._journaled(now, effect)
+            return
+        kind = type(item)
+        if kind is Received:
+            message = item.msg  # type: ignore[union-attr]
+            if type(message) is Fetch:
+                self._fetched(now, node, message.event, effects)
+            elif type(message) is Pushed:
+                self._copied(now, message.rid)
+        elif kind is CopyDone:
+            self._copied(now, item.rid)  # type: ignore[union-attr]
+
+    def queued(self, rid: Rid, ns: int) -> None:
+        """The driver's word: of this copy's time it waited so long for others."""
+        move = self._open.get(self._event_of.get(rid, 0))
+        if move is not None:
+            move.queue_ns = max(move.queue_ns, ns)
+
+    def _journaled(self, now: int, effect: Journal) -> None:
+        record = effect.record
+        if type(record) is Begin:
+            if type(record.request) is MoveRequest:
+                self._open[record.event] = _Open(record.request.op, now)
+        elif type(record) is Outcome:
+            move = self._open.pop(record.event, None)
+            if move is None:
+                return
+            for rid in move.rids:
+                del self._event_of[rid]
+            if record.state == "done":
+                self._finish(now, record.event, move)
+
+    def _fetched(self, now: int, node: str, event: int, effects: Sequence[Effect]) -> None:
+        move = self._open.get(event)
+        if move is None:
+            return
+        for effect in effects:
+            lens: Tuple[int, ...] = ()
+            if type(effect) is StartCopy:
+                rid = effect.rid
+                lens = effect.lens
+            elif type(effect) is Send and type(effect.msg) is Push:
+                rid = effect.msg.rid
+                lens = effect.msg.lens
+            else:
+                continue
+            if rid not in self._event_of:  # a Push may be sent again
+                self._event_of[rid] = event
+                move.rids.append(rid)
+                move.started_ns = max(move.started_ns, now)
+                move.bytes += sum(lens) * self.bytes_per_token.get(node, 0)
+
+    def _copied(self, now: int, rid: Rid) -> None:
+        move = self._open.get(self._event_of.get(rid, 0))
+        if move is not None:
+            move.copied_ns = max(move.copied_ns, now)
+
+    def _finish(self, now: int, event: int, move: _Open) -> None:
+        started = move.started_ns if move.copied_ns >= 0 else now
+        copied = max(move.copied_ns, started)
+        queue = min(move.queue_ns, copied - started)
+        self.done.append(
+            EventPhases(
+                event, move.op, started - move.begun_ns, queue, copied - started - queue, now - copied, move.bytes
+            )
+        )
+
+
+class _Step(Protocol):
+    """What a history's Line is to us."""
+
+    @property
+    def t(self) -> int: ...
+    @property
+    def node(self) -> str: ...
+    @property
+    def input(self) -> Input: ...
+    @property
+    def out(self) -> List[Effect]: ...
+
+
+def phases(lines: Iterable[_Step], bytes_per_token: Mapping[str, int]) -> List[EventPhases]:
+    """The phases of every done move of a history, in the order in which they ended."""
+    tracker = PhaseTracker(bytes_per_token)
+    for line in lines:
+        tracker.step(line.t, line.node, line.input, line.out)
+    return tracker.done
