@@ -93,6 +93,8 @@ class Worker(Machine):
         self.on_birth: Dict[Any, Callable[[int, str, Any, List[Effect]], None]] = {}
         self.on_input: Dict[Any, Callable[[int, Any, List[Effect]], None]] = {}
         self.on_timer: Dict[str, Callable[[int, TimerName, List[Effect]], None]] = {}
+        #: messages that carry an incarnation
+        self.commands: Dict[Any, bool] = {}
         self.wire()
 
     def wire(self) -> None:
@@ -145,6 +147,8 @@ class Worker(Machine):
             "quarantine": destination.on_quarantine_timer,
             "retention": destination.on_retention_timer,
         }
+        kinds = [*self.on_message, *self.on_birth]
+        self.commands = {kind: True for kind in kinds if "incarnation" in kind.__struct_fields__}
 
     def handle(self, now: int, item: Input) -> List[Effect]:
         out: List[Effect] = []
@@ -180,17 +184,16 @@ class Worker(Machine):
     def _received(self, now: int, src: str, m: Any, out: List[Effect]) -> None:
         kind = type(m)
         handler = self.on_message.get(kind)
-        if handler is None:
-            handler = self.on_birth.get(kind)
-            if handler is None:
-                out.append(Note("unexpected", 0, f"{kind.__name__} from {src}"))
+        if handler is None or not self.epoch:
+            early = self.on_birth.get(kind)
+            if early is None:
+                why = "unexpected" if handler is None else "no_epoch"
+                out.append(Note(why, 0, f"{kind.__name__} from {src}"))
                 return
-        elif not self.epoch:
-            out.append(Note("no_epoch", 0, kind.__name__))
-            return
+            handler = early
         # Whatever carries an incarnation comes from a controller; one that has been succeeded is not obeyed (H28).
-        incarnation = getattr(m, "incarnation", 0)
-        if incarnation:
+        if kind in self.commands:
+            incarnation = m.incarnation
             if incarnation < self.incarnation and self.spec.config.rules.h28:
                 out.append(Note("stale_incarnation", getattr(m, "event", 0), kind.__name__))
                 return
