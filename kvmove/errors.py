@@ -18,7 +18,9 @@ class UserError(Exception):
 
 
 #: Errors that other packages raise at users, by class name: those packages are imported only where they are used.
-KNOWN: Final = frozenset({"ScenarioError", "ConfigError", "HistoryError", "RealUnavailable"})
+KNOWN: Final = frozenset(
+    {"ScenarioError", "BuildError", "ConfigError", "HistoryError", "RealUnavailable", "TransferError", "HostError"}
+)
 
 
 def line_for(error: BaseException) -> str | None:

@@ -29,7 +29,7 @@ def print_run(screen: Console, played: Played, *, kept: bool) -> None:
     for world, result in played.results.items():
         screen.print(f"\n[bold]{WORLD[world]}[/bold]{_carried(result)}, {played.wall_s[world]:.2f} s of wall time")
         print_operations(screen, result)
-        for line in _verdicts(played, world):
+        for line in verdicts(played, world):
             screen.print("  " + line, markup=False)
         if kept:
             screen.print(f"  history: {played.histories[world]}", markup=False)
@@ -85,7 +85,7 @@ def source_text(operation: Operation) -> str:
     return ("; ".join(parts) or "kept") + (f" ({why})" if why else "")
 
 
-def _verdicts(played: Played, world: str) -> Iterator[str]:
+def verdicts(played: Played, world: str) -> Iterator[str]:
     """What failed, each with the few events that show it; or one line that nothing did."""
     result = played.results[world]
     expected = len(played.scenario.expect)
@@ -166,33 +166,6 @@ def run_body(played: Played) -> dict[str, Any]:
 
 def world_body(played: Played, world: str) -> dict[str, Any]:
     """Times are from request to end of event; -1: it has not ended."""
-    result = played.results[world]
-    return {
-        "operations": [operation_body(operation) for operation in result.operations],
-        "violations": result.violations,
-        "placement": result.placement,
-        "metrics": {**result.metrics, "wall_s": played.wall_s[world]},
-        "expectations_failed": played.failures[world],
-        "hung": result.hung,
-        "transport": result.transport,
-        "phases": result.phases,
-    }
-
-
-def operation_body(operation: Operation) -> dict[str, Any]:
-    return {
-        "op": operation.op,
-        "what": operation.what,
-        "state": operation.state,
-        "num_tokens": operation.num_tokens,
-        "event_id": operation.event_id,
-        "reason": operation.reason,
-        "detail": operation.detail,
-        "source": operation.source,
-        "found": [
-            {"instance": one.instance, "location": one.location, "num_tokens": one.num_tokens}
-            for one in operation.found
-        ],
-        "start_ns": operation.start_ns,
-        "end_ns": operation.end_ns,
-    }
+    body = played.results[world].to_json()
+    body["metrics"] = {**body["metrics"], "wall_s": played.wall_s[world]}
+    return {**body, "expectations_failed": played.failures[world]}

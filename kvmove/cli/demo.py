@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import typer
+
+from kvmove import output
+
 
 def demo() -> None:
     """Replay two scenarios in simulation and on this machine, compare, and explain what happened.
@@ -10,4 +14,8 @@ def demo() -> None:
 
     * `kvmove demo`
     """
-    raise NotImplementedError
+    from kvmove.demo import demo as tell
+
+    status = tell(output.console(), output.progress)
+    if status:
+        raise typer.Exit(status)

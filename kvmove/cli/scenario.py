@@ -54,6 +54,8 @@ def schema() -> None:
 
     * `# yaml-language-server: $schema=../../.scenario-schema.json`
     """
+    import msgspec
+
     from kvcore.scenario.loader import json_schema
 
-    typer.echo(json_schema())
+    typer.echo(msgspec.json.format(msgspec.json.encode(json_schema()), indent=2).decode())

@@ -1,0 +1,173 @@
+"""``kvmove demo``: the same scenarios in both worlds, told to somebody who sees them for the first time."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from kvcore.scenario.result import Operation, Result
+from kvmove import report
+from kvmove.errors import BAD_INPUT, FAILED, GOOD, UserError, line_for
+from kvmove.output import duration, grid, percent, plural, size
+from kvmove.play import Played, play, prepare
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+SCENARIOS: Final = ("smoke/move.yaml", "smoke/prompt-4k.yaml")
+
+INTRO: Final = """\
+A serving instance keeps the KV cache of the prompts it has seen, cut into chunks. [bold]move[/bold] takes a prompt's \
+chunks from one instance to another, so that the other need not compute them again, and loses none of them whatever \
+fails on the way. The protocol is a handful of state machines without clocks or sockets. Below they run twice: under a \
+simulated clock, then as real processes on this machine, from the same scenario file."""
+
+NEXT: Final = (
+    ("kvmove run scenarios/faults/*.yaml", "the same move while messages are lost and nodes crash"),
+    ("kvmove run {first} --on both --history out", "what you have just seen, with its histories kept"),
+    ("kvmove history out/move.real.jsonl", "every message of it, as a sequence diagram"),
+    ("kvmove protocol --machine destination", "the table that each of those messages went through"),
+    ("README.md, docs/architecture.md", "a scenario explained line by line; the house it runs in"),
+)
+
+
+def scenarios_directory() -> Path:
+    """Beside the packages in a source tree, inside kvmove where it is installed."""
+    package = Path(__file__).resolve().parent
+    for place in (package.parent / "scenarios", package / "scenarios"):
+        if (place / SCENARIOS[0]).is_file():
+            return place
+    raise UserError(f"the demo's scenarios are missing: expected {package.parent / 'scenarios' / SCENARIOS[0]}")
+
+
+def demo(screen: Console, progress: Callable[[str], AbstractContextManager[None]]) -> int:
+    """Play SCENARIOS and explain; the exit status. A real world that cannot run here is said and skipped."""
+    place = _short(scenarios_directory())
+    screen.print("[bold]One protocol, two worlds[/bold]\n")
+    screen.print(INTRO + "\n")
+    status = GOOD
+    with tempfile.TemporaryDirectory(prefix="kvmove-") as logs:
+        for number, name in enumerate(SCENARIOS, 1):
+            prepared = prepare(str(place / name))
+            screen.rule(f"[bold]{number} of {len(SCENARIOS)}: {prepared.path}[/bold]", align="left", style="dim")
+            screen.print(_about(prepared.scenario.about or prepared.scenario.name), markup=False)
+            log = Path(logs) / Path(name).stem
+            try:
+                played = play(prepared, ("sim", "real"), log, progress=progress)
+            except Exception as error:
+                line = line_for(error)
+                if line is None or type(error).__name__ != "RealUnavailable":
+                    raise
+                screen.print(f"\nthe real world is skipped: {line}\n", markup=False)
+                played = play(prepared, ("sim",), log, progress=progress)
+                status = max(status, BAD_INPUT) if not played.good else status
+            _tell(screen, played)
+            if not played.good:
+                status = FAILED
+    _next(screen, place)
+    return status
+
+
+def _short(path: Path) -> Path:
+    """As one would type it from here, where that is shorter."""
+    try:
+        return path.relative_to(Path.cwd())
+    except ValueError:
+        return path
+
+
+def _about(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _tell(screen: Console, played: Played) -> None:
+    """What happened, in the order in which one would ask."""
+    screen.print()
+    screen.print(_answers(played))
+    screen.print()
+    facts = grid("", "")
+    facts.show_header = False
+    for name, text in _facts(played):
+        facts.add_row(f"[bold]{name}[/bold]", text)
+    screen.print(facts)
+    if played.comparison is not None and played.comparison.time:
+        screen.print()
+        report.print_times(screen, played.comparison)
+        screen.print(_phases_explained(), style="dim")
+    if not played.good:
+        for world in played.results:
+            for line in report.verdicts(played, world):
+                screen.print("  " + line, markup=False)
+        if played.comparison is not None:
+            report.print_comparison(screen, played.comparison)
+    screen.print()
+
+
+def _answers(played: Played) -> object:
+    """What was asked, and what each world answered."""
+    headings = {"sim": "answer in simulation", "real": "answer for real"}
+    table = grid("step", "what was asked", *(headings[world] for world in played.results))
+    by_world = {world: {one.op: one for one in result.operations} for world, result in played.results.items()}
+    first = next(iter(played.results.values()))
+    for operation in first.operations:
+        if operation.what in ("settle", "sleep", "wait"):
+            continue
+        answers = [_answer(found.get(operation.op)) for found in by_world.values()]
+        if len(answers) == 2 and answers[0] == answers[1]:
+            answers[1] = "the same"
+        table.add_row(operation.op, operation.text or operation.what, *answers)
+    return table
+
+
+def _answer(operation: Operation | None) -> str:
+    return "never asked" if operation is None else report.op_answer(operation)
+
+
+def _facts(played: Played) -> list[tuple[str, str]]:
+    found = []
+    real = played.results.get("real")
+    if real is not None:
+        found.append(("bytes", _bytes(real)))
+    for world, result in played.results.items():
+        spent = f"{played.wall_s[world]:.1f} s of wall time"
+        nodes = plural(len(played.built.specs), "node")
+        how = f"{nodes}, each its own process" if world == "real" else f"{nodes} under a simulated clock"
+        violations = "no property violated" if not result.violations else plural(len(result.violations), "VIOLATION")
+        found.append(("in simulation" if world == "sim" else "for real", f"{how}: {violations}, {spent}"))
+    if played.comparison is not None:
+        replay, outcome = played.comparison.replay, played.comparison.outcome
+        steps = f"{sum(replay.nodes.values()):,} inputs of both histories through fresh machines"
+        found.append(("replayed", f"{steps}: {'equal effects each time' if replay.equal else 'effects DIFFER'}"))
+        found.append(("compared", f"answers and final placement: {'equal' if outcome.equal else 'DIFFERENT'}"))
+    expected = len(played.scenario.expect)
+    if expected:
+        failed = sum(len(lines) for lines in played.failures.values())
+        found.append(("expected", f"{plural(expected, 'expectation')}: {'met' if not failed else f'{failed} NOT met'}"))
+    return found
+
+
+def _bytes(real: Result) -> str:
+    moved = sum(one.bytes for one in real.phases)
+    checked = real.metrics.get("bytes_checked", 0)
+    return f"{size(moved)} moved, carried by {real.transport}; {size(int(checked))} compared, byte for byte, on arrival"
+
+
+def _phases_explained() -> str:
+    return (
+        "control: agreeing on what to move; queue: waiting for the copy to begin; copy: the bytes; "
+        "commit: fence, commit, release. error: how far the prediction is off."
+    )
+
+
+def _next(screen: Console, place: Path) -> None:
+    screen.rule("[bold]where to look next[/bold]", align="left", style="dim")
+    table = grid("", "")
+    table.show_header = False
+    for command, what in NEXT:
+        table.add_row(command.format(first=place / SCENARIOS[0]), what)
+    screen.print(table)
+
+
