@@ -180,9 +180,8 @@ class Controller(Machine):
         out.append(Journal(Incarnation(self.incarnation)))
         for number, begin in begun.items():
             request = begin.request
-            if isinstance(request, MoveRequest) and request.idem:
-                self.moves.by_idem[request.idem] = number
-                self.moves.requests[request.idem] = request
+            if isinstance(request, MoveRequest):
+                self.moves.name_event(number, request)
             outcome = ended.get(number)
             if outcome is not None:
                 self.moves.remember(now, outcome)
@@ -224,7 +223,7 @@ class Controller(Machine):
         out.append(Note("register_refused", 0, f"{m.instance} rank {m.rank} at {src}: {why}, have {have}, got {got}"))
 
     def _issue(self, now: int, src: str, m: Register, out: List[Effect]) -> None:
-        for rank in self.registry.issued.values():
+        for rank in self.registry.waiting.get(self.registry.number(m), []):
             if rank.address == src and rank.register.nonce == m.nonce and rank.epoch >> 32 == self.incarnation:
                 out.append(Send(src, Registered(self.incarnation, m.nonce, rank.epoch)))
                 return
@@ -298,8 +297,7 @@ class Controller(Machine):
 
     def on_suspect(self, now: int, src: str, m: Suspect, out: List[Effect]) -> None:
         rank = self.registry.by_address.get(m.peer)
-        waiting = (m.peer, m.epoch) in self.registry.issued
-        if (rank is None or rank.epoch != m.epoch) and not waiting:
+        if (rank is None or rank.epoch != m.epoch) and (m.peer, m.epoch) not in self.registry.issued:
             out.append(Send(src, PeerGone(self.incarnation, m.peer, m.epoch)))
 
     # ---- inventories
@@ -469,9 +467,7 @@ class Controller(Machine):
     def _drain(self, now: int, src: str, m: MoveRequest, out: List[Effect]) -> None:
         number = self.moves.new_event()
         out.append(Journal(Begin(number, m)))
-        if m.idem:
-            self.moves.by_idem[m.idem] = number
-            self.moves.requests[m.idem] = m
+        self.moves.name_event(number, m)
         deadline_ns = now + (m.deadline_ns or self.spec.config.deadline_ns)
         drain = Drain(number, m, src, self.registry.chains(m.src), deadline_ns)
         orphans = self.registry.count(m.src) - len(drain.planned)

@@ -87,11 +87,12 @@ class Coordinator:
         self.events: Dict[int, Event] = {}
         self.by_idem: Dict[str, int] = {}
         self.requests: Dict[str, MoveRequest] = {}
+        self.idem_of: Dict[int, str] = {}
         #: address -> its events that have not ended
         self.by_node: Dict[str, Dict[int, None]] = {}
         self.ended: Dict[int, Outcome] = {}
         self.ended_ns: Dict[int, int] = {}
-        #: done without its sources' word: a Release may still be on its way, so its retentions are left to lapse by themselves
+        #: done without its sources' word: a Release may still be on its way, so its retentions lapse by themselves
         self.given_up: Dict[int, None] = {}
         #: told of each event's end (drains)
         self.on_ended: Optional[Callable[[int, Event, List[Effect]], None]] = None
@@ -117,9 +118,7 @@ class Coordinator:
         event = Event(number, m, now, now + (m.deadline_ns or config.deadline_ns))
         if client:
             event.clients.append((client, m.op))
-        if m.idem:
-            self.by_idem[m.idem] = number
-            self.requests[m.idem] = m
+        self.name_event(number, m)
         out.append(Journal(Begin(number, m)))
         self.events[number] = event
         if why[0]:
@@ -154,6 +153,13 @@ class Coordinator:
         when = now + self.config.retry_ns
         limit = event.give_up_ns if event.state == RELEASING else event.deadline_ns
         self.timers.set(("retry", event.number, 0), when if when < limit or now >= limit else limit)
+
+    def name_event(self, number: int, m: MoveRequest) -> None:
+        """Remember an idempotency key for as long as its event."""
+        if m.idem:
+            self.by_idem[m.idem] = number
+            self.requests[m.idem] = m
+            self.idem_of[number] = m.idem
 
     def recover(self, now: int, begin: Begin, decide: Decide, out: List[Effect]) -> None:
         """Found decided in the journal: ask every destination whether it still retains, and only then delete (H36)."""
@@ -546,6 +552,10 @@ class Coordinator:
         del self.ended[number]
         del self.ended_ns[number]
         self.given_up.pop(number, None)
+        idem = self.idem_of.pop(number, "")
+        if idem:
+            del self.by_idem[idem]
+            del self.requests[idem]
 
     def _late(self, src: str, number: int, out: List[Effect]) -> None:
         """A destination still works for an event that is over. After a give-up its retention must lapse by itself."""

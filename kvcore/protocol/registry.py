@@ -55,8 +55,10 @@ class Registry:
         #: believed processes
         self.ranks: Dict[Tuple[str, int], Rank] = {}
         self.by_address: Dict[str, Rank] = {}
-        #: issued an epoch, not heard under it yet
+        #: (address, epoch) -> who was issued that epoch and has not been heard under it yet
         self.issued: Dict[Tuple[str, int], Rank] = {}
+        #: the same by rank number
+        self.waiting: Dict[int, List[Rank]] = {}
         self.places: Dict[Position, Place] = {}
         #: key -> place -> number of its ranks that hold the key
         self.holders: Dict[Key, Dict[Place, int]] = {}
@@ -65,18 +67,19 @@ class Registry:
     # ---- processes
     def issue(self, address: str, epoch: int, register: Register, restored: bool) -> Rank:
         """``restored``: from the journal, so how often its locations were cleared since is not known."""
-        who = (register.instance, register.rank)
-        number = self.numbers.setdefault(who, len(self.numbers) + 1)
+        number = self.number(register)
         rank = Rank(number, address, epoch, register, -1 if restored else 0)
         self.issued[(address, epoch)] = rank
+        self.waiting.setdefault(number, []).append(rank)
         return rank
+
+    def number(self, register: Register) -> int:
+        return self.numbers.setdefault((register.instance, register.rank), len(self.numbers) + 1)
 
     def believe(self, now: int, rank: Rank) -> None:
         """From its first Beat on; whoever had the place before is out (its caller has seen to that)."""
         register = rank.register
-        for key, other in list(self.issued.items()):
-            if other.number == rank.number and other.epoch <= rank.epoch:
-                del self.issued[key]
+        self._keep_issued(rank.number, rank.epoch)
         rank.heard_ns = now
         self.ranks[(register.instance, register.rank)] = rank
         self.by_address[rank.address] = rank
@@ -88,8 +91,17 @@ class Registry:
             rank.views[location.name] = View(place, (rank.epoch, rank.clears))
 
     def forget_issued_before(self, epoch: int) -> None:
-        for key in [key for key in self.issued if key[1] < epoch]:
-            del self.issued[key]
+        for number in list(self.waiting):
+            self._keep_issued(number, epoch - 1)
+
+    def _keep_issued(self, number: int, above_epoch: int) -> None:
+        waiting = self.waiting.pop(number, [])
+        left = [rank for rank in waiting if rank.epoch > above_epoch]
+        if left:
+            self.waiting[number] = left
+        for rank in waiting:
+            if rank.epoch <= above_epoch:
+                del self.issued[(rank.address, rank.epoch)]
 
     def drop(self, rank: Rank) -> None:
         """Not believed any more: nothing that it held is there."""
