@@ -82,6 +82,11 @@ def fill(view: Bytes, key: bytes, num_tokens: int, bytes_per_token: int) -> int:
     return nbytes
 
 
+def blank(nbytes: int) -> Bytes:
+    """Memory of our own, where the chunk's home cannot be written in place."""
+    return np.empty(nbytes, dtype=np.uint8)
+
+
 def check(view: Bytes, key: bytes, num_tokens: int, bytes_per_token: int) -> int:
     """-1 if ``view`` begins with the chunk ``key``'s bytes; else the offset of the first byte that differs."""
     nbytes = num_tokens * bytes_per_token

@@ -1,4 +1,4 @@
-"""Processes with a memory and a transport and nothing else, told what to do in JSON lines: what transports are tested on.
+"""Processes with a memory and a transport and nothing else, told what to do in JSON lines: to test transports on.
 
 Run as a program it is such a process; imported it is what starts them.
 """
@@ -120,7 +120,8 @@ def main(transport: str) -> None:
         if do == "fill":
             bpt = a["bpt"]
             memory.soil(a["location"], [a["slot"]])
-            return synthetic.fill(memory.view(a["location"], a["slot"], a["tokens"] * bpt), key(a["key"]), a["tokens"], bpt)
+            view = memory.view(a["location"], a["slot"], a["tokens"] * bpt)
+            return synthetic.fill(view, key(a["key"]), a["tokens"], bpt)
         if do == "check":
             view = memory.view(a["location"], a["slot"], a["tokens"] * a["bpt"])
             return synthetic.check(view, key(a["key"]), a["tokens"], a["bpt"])

@@ -1,0 +1,215 @@
+"""The child process: ``python -m kvreal.host``. It is one node at a time, and may be many one after the other.
+
+One loop waits for the control socket, the runner's pipe, finished copies and engine tasks, and the machine's next
+deadline. The process ends when its runner does: it reads the end of its stdin, and the kernel kills it (also while it
+is stopped) when the runner's thread that started it has gone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import math
+import os
+import select
+import signal
+import sys
+import traceback
+from typing import Any, List, Optional
+
+import zmq
+
+from kvcore.protocol.config import WorkerSpec
+from kvcore.protocol.machine import Boot
+from kvcore.scenario.build import decode
+from kvcore.scenario.history import HistoryError
+from kvreal import control as c
+from kvreal.engines.thread import EngineThread
+from kvreal.journal import JournalError
+from kvreal.memory import Memory, SlabError
+from kvreal.network import Network
+from kvreal.node import Node, Parts
+from kvreal.transfer import make, proof, resolve
+from kvreal.transfer.base import Transfer
+
+PR_SET_PDEATHSIG = 1
+
+
+class Host:
+    def __init__(self, transport: str, pipe: c.Pipe, sink: int) -> None:
+        self.pipe: c.Pipe = pipe
+        self.memory: Memory = Memory()
+        self.memory.lay_out([], 0)
+        self.transfer: Transfer = make(transport, self.memory)
+        tables = getattr(self.transfer, "tables", None)
+        if tables is not None:
+            tables.fd = sink
+        self.engine: EngineThread = EngineThread(self.memory)
+        self.network: Network = Network()
+        self.node: Optional[Node] = None
+        self.failed: bool = False
+        self.going: bool = True
+        self.poller: zmq.Poller = zmq.Poller()
+        for source in (self.network.pull, pipe.read_fd, self.transfer.fileno(), self.engine.wake):
+            self.poller.register(source, zmq.POLLIN)
+
+    # ---- the loop
+    def run(self) -> None:
+        self.pipe.say(c.Ready(os.getpid(), self.transfer.name))
+        while self.going:
+            self._watch_output()
+            self.poller.poll(self._timeout_ms())
+            self.pipe.flush()
+            for message in self.pipe.hear():
+                self._obey(message)
+            if self.pipe.ended:
+                return
+            self._guarded(self._work)
+
+    def _work(self) -> None:
+        node = self.node
+        if node is None or self.failed:
+            self.network.receive()  # whatever still comes is another run's
+            self.transfer.take()
+            self.engine.take()
+            return
+        node.collect()
+        for src, message in self.network.receive():
+            node.receive(src, message)
+        node.run_due()
+
+    def _timeout_ms(self) -> Optional[int]:
+        due = self.node.next_due() if self.node is not None and not self.failed else None
+        if due is None or self.node is None:
+            return None
+        return max(0, math.ceil((due - self.node.now()) / 1e6))
+
+    def _watch_output(self) -> None:
+        """Wait for room in the pipe only while something is queued for it."""
+        if self.pipe.outgoing:
+            self.poller.register(self.pipe.write_fd, zmq.POLLOUT)
+        else:
+            try:
+                self.poller.unregister(self.pipe.write_fd)
+            except KeyError:
+                return
+
+    def flush(self) -> None:
+        """Write all that is queued, waiting for room: this process is about to stop or to end."""
+        while self.pipe.outgoing:
+            select.select([], [self.pipe.write_fd], [], 1.0)
+            self.pipe.flush()
+
+    # ---- the runner's orders
+    def _obey(self, message: c.Said) -> None:
+        if isinstance(message, c.Assign):
+            self._guarded(self._assign, message)
+        elif isinstance(message, c.Exit):
+            self.going = False
+        elif isinstance(message, c.Release):
+            self._release()
+        elif self.node is not None and not self.failed:
+            self._guarded(self._command, self.node, message)
+
+    def _command(self, node: Node, message: c.Said) -> None:
+        if isinstance(message, c.Ask):
+            counts = self.network
+            self.pipe.say(c.State(message.n, tuple(node.pending()), dict(counts.sent), dict(counts.received)))
+        elif isinstance(message, c.Give):
+            item = message.input
+            if isinstance(item, Boot) and isinstance(node.spec, WorkerSpec):
+                item = Boot(item.nonce, item.incarnation, item.journal, self.transfer.endpoint())
+            node.give(item)
+        elif isinstance(message, c.Book):
+            self.network.book(message.addresses)
+            if isinstance(node.spec, WorkerSpec):
+                for name, address in message.addresses.items():
+                    if address.data and name != node.name:
+                        self.transfer.introduce(name, address.data)
+        elif isinstance(message, c.Begin):
+            node.faults.begin(message.action)
+        elif isinstance(message, c.Finish):
+            node.faults.end(message.action)
+        elif isinstance(message, c.Calm):
+            node.calm()
+        elif isinstance(message, c.Verify):
+            self.pipe.say(node.wipe() if message.wipe else node.check())
+
+    def _assign(self, message: c.Assign) -> None:
+        built = decode(message.built)
+        self.failed = False
+        self.network.begin(message.run, message.node, message.life)
+        spec = next(spec for spec in built.specs if spec.name == message.node)
+        data = ""
+        if isinstance(spec, WorkerSpec):
+            slot_bytes = built.slot_bytes[message.node]
+            if self.memory.lay_out([(place.name, place.slots) for place in spec.locations], slot_bytes):
+                self.transfer.memory_changed()
+            self.transfer.begin(message.run, message.node)
+            data = self.transfer.endpoint()
+        parts = Parts(self.memory, self.transfer, self.engine, self.network, self.pipe.say, self.flush)
+        self.node = Node(message, built, parts)
+        self.pipe.say(c.Bound(self.network.endpoint, data))
+
+    def _release(self) -> None:
+        node = self.node
+        clean = not self.failed
+        if node is not None:
+            clean = clean and not self.transfer.pending() and not self.engine.open
+            self._guarded(node.close)
+        self.node = None
+        self.network.begin("", "", 0)
+        self.transfer.begin("", "")
+        self.pipe.say(c.Idle(clean and not self.failed))
+
+    def _guarded(self, what: Any, *args: Any) -> None:
+        """Whatever a node cannot survive is told to the runner, which ends the run; the process lives on."""
+        try:
+            what(*args)
+        except (JournalError, HistoryError, SlabError) as error:
+            self._fail(type(error).__name__, str(error))
+        except Exception:
+            self._fail("machine", traceback.format_exc())
+
+    def _fail(self, kind: str, text: str) -> None:
+        self.failed = True
+        self.pipe.say(c.Failed(kind, text))
+
+    def close(self) -> None:
+        self.transfer.stop()
+        self.network.close()
+
+
+def die_with_parent(parent: int) -> None:
+    """Ask the kernel to kill this process when the thread that started it has gone; it may have gone already."""
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:
+        os._exit(1)
+
+
+def main(argv: List[str]) -> int:
+    parser = argparse.ArgumentParser(prog="kvreal.host", description="one node's process, started by kvreal.run")
+    parser.add_argument("--transport", default="auto")
+    parser.add_argument("--parent", type=int, required=True)
+    args = parser.parse_args(argv)
+    die_with_parent(args.parent)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the runner decides
+    out, sink = proof.redirect_stdout()
+    pipe = c.Pipe(0, out, c.ToHost)
+    try:
+        host = Host(resolve(args.transport), pipe, sink)
+    except Exception as error:
+        pipe.say(c.Failed("transport", f"{type(error).__name__}: {error}"))
+        return 1
+    try:
+        host.run()
+    finally:
+        host.close()
+    return 0
+
+
+if __name__ == "__main__":
+    status = main(sys.argv[1:])
+    sys.stdout.flush()
+    # Daemon threads may sit in a transport's C code; leaving by the interpreter's end would wait for them.
+    os._exit(status)

@@ -1,0 +1,149 @@
+"""Control messages between nodes: ZeroMQ PUSH to PULL over TCP, one socket a direction.
+
+A frame has two parts: who to whom ([run, src, its life, dst, its life]) and the message. Whatever is malformed,
+foreign, oversized, of another run or for another life is counted and dropped; nothing that arrives can end the loop.
+Sends never wait: a message that cannot be queued is dropped and counted, as a network would.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Dict, Final, List, Optional, Tuple
+
+import msgspec
+import zmq
+
+from kvcore.protocol.messages import Beat, Wire
+from kvreal.control import Address, pair
+
+HIGH_WATER: Final = 100_000
+MAX_FRAME_BYTES: Final = 64 << 20
+BATCH: Final = 256
+"""Frames taken in one go: the loop's other work comes in between."""
+
+
+class Header(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    run: str
+    src: str
+    src_life: int
+    dst: str
+    dst_life: int
+
+
+class Network:
+    """One node's sockets. A host keeps its PULL socket from run to run."""
+
+    def __init__(self) -> None:
+        self.context: zmq.Context[Any] = zmq.Context(io_threads=1)
+        self.pull: zmq.Socket[Any] = self.context.socket(zmq.PULL)
+        self.pull.setsockopt(zmq.LINGER, 0)
+        self.pull.setsockopt(zmq.RCVHWM, HIGH_WATER)
+        self.pull.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME_BYTES)
+        self.pull.bind("tcp://127.0.0.1:0")
+        self.endpoint: str = self.pull.getsockopt_string(zmq.LAST_ENDPOINT)
+        self.peers: Dict[str, Tuple[Address, Any, bytes]] = {}
+        self.run: str = ""
+        self.address: str = ""
+        self.life: int = 0
+        self.sent: Dict[str, int] = {}
+        self.received: Dict[str, int] = {}
+        self.counters: Dict[str, int] = {}
+        self._encode = msgspec.msgpack.Encoder().encode
+        self._header = msgspec.msgpack.Decoder(Header).decode
+        self._body = msgspec.msgpack.Decoder(Wire).decode
+
+    def begin(self, run: str, address: str, life: int) -> None:
+        """A new run: nothing of the last one is known, and what still arrives from it is dropped."""
+        self.close_peers()
+        self.run = run
+        self.address = address
+        self.life = life
+        self.sent = {}
+        self.received = {}
+        self.counters = {"frames_sent": 0, "frames_received": 0, "frames_dropped": 0, "frames_malformed": 0}
+
+    def close_peers(self) -> None:
+        for _, socket, _ in self.peers.values():
+            socket.close(linger=0)
+        self.peers = {}
+
+    def book(self, addresses: Dict[str, Address]) -> None:
+        """Who is where now: sockets to lives that are over are closed, with what was still queued in them."""
+        for name in list(self.peers):
+            if addresses.get(name) != self.peers[name][0]:
+                self.peers.pop(name)[1].close(linger=0)
+        for name, address in addresses.items():
+            if name in self.peers or name == self.address:
+                continue
+            socket = self.context.socket(zmq.PUSH)
+            socket.setsockopt(zmq.LINGER, 0)
+            socket.setsockopt(zmq.SNDHWM, HIGH_WATER)
+            socket.connect(address.control)
+            header = self._encode(Header(self.run, self.address, self.life, name, address.life))
+            self.peers[name] = (address, socket, header)
+
+    def data_endpoint(self, name: str) -> str:
+        peer = self.peers.get(name)
+        return peer[0].data if peer is not None else ""
+
+    def send(self, dst: str, message: Wire) -> bool:
+        """False if it was dropped: nobody is there, or the queue is full."""
+        peer = self.peers.get(dst)
+        if peer is None:
+            self.counters["frames_dropped"] += 1
+            return False
+        address, socket, header = peer
+        try:
+            socket.send_multipart([header, self._encode(message)], zmq.NOBLOCK)
+        except zmq.ZMQError:
+            self.counters["frames_dropped"] += 1
+            return False
+        self.counters["frames_sent"] += 1
+        if type(message) is not Beat:
+            name = pair(dst, address.life)
+            self.sent[name] = self.sent.get(name, 0) + 1
+        return True
+
+    def receive(self) -> List[Tuple[str, Wire]]:
+        """(src, message) of what has arrived, at most BATCH."""
+        found: List[Tuple[str, Wire]] = []
+        for _ in range(BATCH):
+            try:
+                parts = self.pull.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                break
+            item = self._decode(parts)
+            if item is not None:
+                found.append(item)
+        return found
+
+    def _decode(self, parts: List[bytes]) -> Optional[Tuple[str, Wire]]:
+        if len(parts) != 2:
+            self.counters["frames_malformed"] += 1
+            return None
+        try:
+            header = self._header(parts[0])
+            if (header.run, header.dst, header.dst_life) != (self.run, self.address, self.life):
+                self.counters["frames_foreign"] = self.counters.get("frames_foreign", 0) + 1
+                return None
+            message: Wire = self._body(parts[1])
+        except (msgspec.MsgspecError, UnicodeDecodeError):
+            self.counters["frames_malformed"] += 1
+            return None
+        self.counters["frames_received"] += 1
+        if type(message) is not Beat:
+            name = pair(header.src, header.src_life)
+            self.received[name] = self.received.get(name, 0) + 1
+        return header.src, message
+
+    def send_off(self) -> None:
+        """Before this process ends by its own hand: let what was sent leave it."""
+        for _, socket, _ in self.peers.values():
+            socket.close(linger=1000)
+        self.peers = {}
+        self.pull.close(linger=0)
+        self.context.term()
+
+    def close(self) -> None:
+        self.close_peers()
+        self.pull.close(linger=0)
+        self.context.term()

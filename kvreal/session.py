@@ -1,0 +1,417 @@
+"""One run: who sits where, what they said, what is to be done when. Everything blocks in ``pump`` and nowhere else."""
+
+from __future__ import annotations
+
+import heapq
+import select
+import signal
+import time
+import uuid
+from pathlib import Path
+from typing import Callable, Dict, Final, List, Optional, Tuple
+
+from kvcore.protocol import machine as m
+from kvcore.protocol.config import ControllerSpec, WorkerSpec
+from kvcore.scenario.build import AnySpec, Built, encode
+from kvcore.scenario.faults import Spent
+from kvreal import control as c
+from kvreal.acts import Acts
+from kvreal.journal import records
+from kvreal.pool import HostError, HostProcess, Pool
+
+ASK_TIMEOUT_S: Final = 2.0
+START_TIMEOUT_S: Final = 60.0
+LOST_AFTER_S: Final = 0.1
+"""Messages that were sent and have not arrived after this long, while nothing else happens, were lost."""
+
+
+class Hang(Exception):
+    """The run was not quiet at its deadline."""
+
+
+class Broken(Exception):
+    """A node cannot go on: what kind of trouble, which node, what it said."""
+
+    def __init__(self, kind: str, node: str, text: str) -> None:
+        super().__init__(text)
+        self.kind: str = kind
+        self.node: str = node
+        self.text: str = text
+
+
+class Seat:
+    """A node's place; its host changes with every life."""
+
+    def __init__(self, spec: AnySpec) -> None:
+        self.spec: AnySpec = spec
+        self.name: str = spec.name
+        self.life: int = 0
+        self.host: Optional[HostProcess] = None
+        self.address: Optional[c.Address] = None
+        self.paused: bool = False
+        self.dying: bool = False
+        self.restarts: int = 0  # restarts that are still to come
+        self.state: Optional[c.State] = None
+        self.checked: List[c.Checked] = []
+        self.idle: Optional[bool] = None
+        self.spent: Tuple[Spent, ...] = ()
+        self.fired: Dict[int, Dict[str, int]] = {}
+        """Life -> what its fault plan has fired."""
+
+    @property
+    def up(self) -> bool:
+        return self.host is not None and self.address is not None
+
+    def say(self, message: c.Said) -> None:
+        if self.host is not None:
+            self.host.pipe.say(message)
+
+
+class Session:
+    """Boots the nodes of ``built`` on hosts of ``pool`` and supervises them until they are quiet, or it is too late."""
+
+    def __init__(self, built: Built, pool: Pool, folder: Path, limit_ns: int, faults: bool = True) -> None:
+        self.built: Built = built
+        self.encoded: bytes = encode(built)
+        self.pool: Pool = pool
+        self.folder: Path = folder
+        self.run: str = uuid.uuid4().hex
+        self.seats: Dict[str, Seat] = {spec.name: Seat(spec) for spec in built.specs}
+        self.client: str = built.specs[-1].name
+        self.faults: bool = faults
+        self.base_ns: int = time.monotonic_ns()
+        self.timers: List[Tuple[int, int, Callable[[], None]]] = []
+        self.count: int = 0
+        self.notes: List[Tuple[str, c.Noted]] = []
+        self.asked: int = 0
+        self.histories: List[Path] = []
+        self.calm: bool = False
+        self.started_ns: int = 0
+        self.limit_ns: int = limit_ns
+        self.deadline_ns: int = int(START_TIMEOUT_S * 1e9)
+        self.acts: Acts = Acts(self)
+
+    # ---- time
+    def now(self) -> int:
+        return time.monotonic_ns() - self.base_ns
+
+    def after(self, delay_ns: int, what: Callable[[], None]) -> None:
+        self.count += 1
+        heapq.heappush(self.timers, (self.now() + delay_ns, self.count, what))
+
+    def workload_started(self) -> None:
+        self.started_ns = self.now()
+        self.deadline_ns = self.started_ns + self.limit_ns
+
+    # ---- seats and hosts
+    def start(self) -> None:
+        """Every node assigned, bound, known to all others and booted: controller, then workers, then client."""
+        hosts = self.pool.take(len(self.seats))
+        for seat, host in zip(self.seats.values(), hosts):
+            self._assign(seat, host)
+        self._until(lambda: all(seat.up for seat in self.seats.values()), START_TIMEOUT_S, "start")
+        self.publish()
+        for seat in self.seats.values():
+            self._boot(seat)
+
+    def _assign(self, seat: Seat, host: HostProcess) -> None:
+        seat.life += 1
+        seat.host = host
+        seat.address = None
+        seat.dying = False
+        history = self.folder / f"{seat.name.replace('/', '-')}.{seat.life}.jsonl"
+        self.histories.append(history)
+        journal = str(self.journal) if isinstance(seat.spec, ControllerSpec) else ""
+        seat.say(
+            c.Assign(
+                self.run,
+                seat.name,
+                seat.life,
+                self.encoded,
+                self.base_ns,
+                journal,
+                str(history),
+                self.faults and not self.calm,
+                seat.spent,
+            )
+        )
+
+    @property
+    def journal(self) -> Path:
+        return self.folder / "journal.jsonl"
+
+    def publish(self) -> None:
+        """Tell everyone who is where now."""
+        book = c.Book({seat.name: seat.address for seat in self.seats.values() if seat.address is not None})
+        for seat in self.seats.values():
+            if seat.up:
+                seat.say(book)
+
+    def _boot(self, seat: Seat) -> None:
+        boot = m.Boot()
+        if isinstance(seat.spec, WorkerSpec):
+            boot = m.Boot(nonce=uuid.uuid4().int >> 66)
+        elif isinstance(seat.spec, ControllerSpec):
+            boot = m.Boot(journal=records(self.journal))
+        seat.say(c.Give(boot))
+
+    def kill(self, seat: Seat) -> None:
+        """SIGKILL to a node's process, and the end of its life."""
+        host = seat.host
+        if host is not None:
+            self.pool.discard(host)
+            self._left(seat)
+
+    def _left(self, seat: Seat) -> None:
+        seat.host = None
+        seat.address = None
+        seat.paused = False
+        seat.dying = False
+        self.publish()
+
+    def restart(self, seat: Seat) -> None:
+        """A new process for a dead node. One that is not warm takes about a second."""
+        if seat.host is None:
+            self._assign(seat, self.pool.spare())
+
+    def pause(self, seat: Seat) -> None:
+        if seat.host is not None:
+            seat.paused = True
+            seat.host.send_signal(signal.SIGSTOP)
+
+    def resume(self, seat: Seat) -> None:
+        """SIGCONT, again a little later if the SIGSTOP that it undoes came after it."""
+        seat.paused = False
+        host = seat.host
+        if host is not None:
+            host.send_signal(signal.SIGCONT)
+            self.after(20_000_000, lambda: self._resume_again(seat, host))
+
+    def _resume_again(self, seat: Seat, host: HostProcess) -> None:
+        if seat.host is host and not seat.paused and host.stopped():
+            host.send_signal(signal.SIGCONT)
+            self.after(20_000_000, lambda: self._resume_again(seat, host))
+
+    # ---- hearing
+    def pump(self, timeout_s: float) -> None:
+        """Wait for something to be said or due, and see to it. Raises Broken if a node cannot go on."""
+        now = self.now()
+        while self.timers and self.timers[0][0] <= now:
+            heapq.heappop(self.timers)[2]()
+        if self.timers:
+            timeout_s = min(timeout_s, max(0.0, (self.timers[0][0] - self.now()) / 1e9))
+        poller = select.poll()
+        by_fd: Dict[int, Tuple[Seat, HostProcess]] = {}
+        for seat in self.seats.values():
+            if seat.host is not None:
+                by_fd[seat.host.pipe.read_fd] = (seat, seat.host)
+                poller.register(seat.host.pipe.read_fd, select.POLLIN)
+                if seat.host.pipe.outgoing:
+                    by_fd[seat.host.pipe.write_fd] = (seat, seat.host)
+                    poller.register(seat.host.pipe.write_fd, select.POLLOUT)
+        for fd, _ in poller.poll(max(0.0, timeout_s) * 1000):
+            seat, host = by_fd[fd]
+            if seat.host is not host:
+                continue
+            host.pipe.flush()
+            if fd == host.pipe.read_fd:
+                self._hear(seat, host)
+
+    def _hear(self, seat: Seat, host: HostProcess) -> None:
+        try:
+            messages = host.pipe.hear()
+        except c.ControlError as error:
+            raise Broken("control", seat.name, str(error)) from error
+        for message in messages:
+            self._heard(seat, message)
+        if host.pipe.ended and seat.host is host:
+            expected = seat.dying
+            self.pool.discard(host)
+            self._left(seat)
+            if not expected:
+                raise Broken("died", seat.name, f"its process ended on its own, exit status {host.process.returncode}")
+
+    def _heard(self, seat: Seat, message: c.Said) -> None:
+        if isinstance(message, c.State):
+            seat.state = message
+        elif isinstance(message, c.Noted):
+            self.notes.append((seat.name, message))
+            if message.kind == "start" and seat.name == self.client:
+                self.acts.workload_starts()
+        elif isinstance(message, c.Fired):
+            self.acts.fired(seat, message.action)
+        elif isinstance(message, c.Spent):
+            seat.spent = message.spent
+            seat.fired[seat.life] = message.fired
+        elif isinstance(message, c.Bound):
+            seat.address = c.Address(seat.life, message.control, message.data)
+            if seat.life > 1:
+                self.publish()
+                self.acts.restarted(seat)
+                self._boot(seat)
+                seat.restarts -= 1
+        elif isinstance(message, c.Ready):
+            assert seat.host is not None
+            seat.host.transport = message.transport
+        elif isinstance(message, c.Checked):
+            seat.checked.append(message)
+        elif isinstance(message, c.Idle):
+            seat.idle = message.clean
+        elif isinstance(message, c.Failed):
+            raise Broken(message.kind, seat.name, message.text)
+
+    def _until(self, done: Callable[[], bool], timeout_s: float, what: str) -> None:
+        until = time.monotonic() + timeout_s
+        while not done():
+            left = until - time.monotonic()
+            if left <= 0:
+                raise HostError(f"the nodes did not {what} within {timeout_s:.0f} s")
+            self.pump(left)
+
+    # ---- quiet?
+    def busy(self) -> List[str]:
+        """Why the run as a whole cannot be quiet yet, as far as the runner knows by itself."""
+        lines = []
+        for seat in self.seats.values():
+            if seat.restarts > 0:
+                lines.append(f"{seat.name}: to be restarted")
+            elif seat.host is not None and seat.paused:
+                lines.append(f"{seat.name}: paused")
+            elif seat.host is not None and not seat.up:
+                lines.append(f"{seat.name}: starting")
+        return lines
+
+    def ask(self) -> List[str]:
+        """Ask every node how it is. Why it is not quiet; empty if all are and no message is under way."""
+        self.asked += 1
+        number = self.asked
+        asked = [seat for seat in self.seats.values() if seat.up and not seat.paused]
+        for seat in asked:
+            seat.say(c.Ask(number))
+        until = time.monotonic() + ASK_TIMEOUT_S
+        while time.monotonic() < until:
+            waiting = [s for s in asked if s.up and not s.paused and (s.state is None or s.state.n < number)]
+            if not waiting:
+                break
+            self.pump(until - time.monotonic())
+        lines = self.busy()
+        for seat in asked:
+            if not seat.up or seat.paused:
+                continue
+            state = seat.state
+            if state is None or state.n < number:
+                lines.append(f"{seat.name}: gives no answer")
+            else:
+                lines += [f"{seat.name}: {why}" for why in state.pending]
+        return lines
+
+    def in_flight(self) -> List[str]:
+        """Messages that were sent between two living nodes and have not been taken by the receiver."""
+        up = [seat for seat in self.seats.values() if seat.up and seat.state is not None]
+        lines = []
+        for a in up:
+            for b in up:
+                assert a.state is not None and b.state is not None
+                sent = a.state.sent.get(c.pair(b.name, b.life), 0)
+                received = b.state.received.get(c.pair(a.name, a.life), 0)
+                if sent != received:
+                    lines.append(f"{a.name} -> {b.name}: {sent} sent, {received} received")
+        return lines
+
+    def counters(self) -> Dict[str, Tuple[Dict[str, int], Dict[str, int]]]:
+        return {s.name: (s.state.sent, s.state.received) for s in self.seats.values() if s.up and s.state is not None}
+
+    def settle(self) -> None:
+        """Return when all nodes are quiet: nothing pending, and two rounds of asking in which no message moved and
+        none was under way. Raises Hang at the deadline, saying who was pending and why."""
+        pause_s = 0.0005
+        before: Optional[Dict[str, Tuple[Dict[str, int], Dict[str, int]]]] = None
+        since = time.monotonic()
+        while True:
+            why = self.ask()
+            if not why:
+                now = self.counters()
+                if now != before:
+                    before, since = now, time.monotonic()
+                    pause_s = 0.0005
+                else:
+                    why = self.in_flight()
+                    if not why or time.monotonic() - since > LOST_AFTER_S:
+                        return
+            else:
+                before = None
+            self.check_deadline(why)
+            self.idle(pause_s)
+            pause_s = min(pause_s * 2, 0.02)
+
+    def idle(self, seconds: float) -> None:
+        until = time.monotonic() + seconds
+        while True:
+            left = until - time.monotonic()
+            if left <= 0:
+                return
+            self.pump(left)
+
+    def check_deadline(self, why: List[str]) -> None:
+        if self.now() > self.deadline_ns:
+            raise Hang("\n".join(why or ["nothing is pending, but the client has not finished"]))
+
+    # ---- the run
+    def play(self) -> None:
+        """From the client's boot to the end of its last step and quiet after it. Raises Hang or Broken."""
+        seen = 0
+        finished = False
+        while not finished:
+            while seen == len(self.notes):
+                left = (self.deadline_ns - self.now()) / 1e9
+                if left <= 0:
+                    self.check_deadline(self.ask())
+                self.pump(max(0.0, min(left, 1.0)))
+            node, note = self.notes[seen]
+            seen += 1
+            if node != self.client:
+                continue
+            if note.kind == "settle":
+                self.settle()
+                self.seats[self.client].say(c.Give(m.Command("settled")))
+            elif note.kind == "finished":
+                finished = True
+        self.calm = True
+        self.acts.calm_down()
+        self.settle()
+
+    def verify(self, wipe: bool) -> None:
+        """Overwrite what is free, then let each process compare what it has; the answers are in ``seat.checked``."""
+        up = [seat for seat in self.seats.values() if seat.up and not seat.paused]
+        for what in (True, False) if wipe else (False,):
+            counts = {seat.name: len(seat.checked) for seat in up}
+            for seat in up:
+                seat.say(c.Verify(what))
+            self._until(
+                lambda counts=counts: all(len(s.checked) > counts[s.name] or not s.up for s in up),  # type: ignore[misc]
+                START_TIMEOUT_S,
+                "check their memory",
+            )
+
+    def release(self) -> None:
+        """Give the hosts back to the pool; those that are not clean, or do not answer, are killed."""
+        for seat in self.seats.values():
+            if seat.host is not None and not seat.paused and seat.address is not None:
+                seat.say(c.Release())
+        until = time.monotonic() + ASK_TIMEOUT_S
+        try:
+            while any(s.up and not s.paused and s.idle is None for s in self.seats.values()):
+                left = until - time.monotonic()
+                if left <= 0:
+                    break
+                self.pump(left)
+        except (Broken, HostError):
+            pass  # it is killed below
+        self.abandon()
+
+    def abandon(self) -> None:
+        """Every host back to the pool, killed unless it said that it is clean."""
+        for seat in self.seats.values():
+            if seat.host is not None:
+                host, seat.host, seat.address = seat.host, None, None
+                self.pool.give_back(host, bool(seat.idle))
