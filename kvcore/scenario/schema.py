@@ -135,11 +135,13 @@ class Network(Part, frozen=True, kw_only=True):
 
 # ---- what is asked --------------------------------------------------------------------------------------------------
 class Body(Part, frozen=True, kw_only=True):
-    """What every step may say besides: its name, a wait before it, whether the next step waits for its end."""
+    """What every step may say besides: its name, a wait before it, whether the next step waits for its end (background:
+    it does not). ``window``: it is issued only while fewer steps than that are open."""
 
     name: str = field(default="", name="as")
     after: Optional[Duration] = None
     background: bool = False
+    window: int = 0
     timeout: Optional[Duration] = None
 
 
@@ -284,8 +286,8 @@ def step_names(steps: Tuple[Step, ...]) -> Tuple[str, ...]:
 class When(Part, frozen=True, kw_only=True):
     """The anchor: exactly one of the first five. ``nth`` counts per sending node and life, from 1.
 
-    ``sent``, ``received``: a message's name. ``started``: an effect's (StartCopy, StartFill, Journal...) or a journal
-    record's (Begin, Decide...). ``ended``: an answering input's (CopyDone, FillDone...). ``at``: since the workload
+    ``sent``, ``received``: a message's name. ``started``: an effect's (StartCopy, StartFill...), a journal record's
+    (Begin, Decide...) or a step's. ``ended``: an answering input's (CopyDone, FillDone...) or a step's. ``at``: since the workload
     began. ``by``: the node it happens at, a rank ``a/0``, an instance ``a``, ``ctl`` or ``client``; ``to``: whom a
     message goes to (or comes from, if ``received``).
     """
@@ -485,7 +487,8 @@ class Workload(Part, frozen=True, kw_only=True):
     """Steps drawn from the seed, after the written ones. ``moves``: N moves of prompts from where they are to
     elsewhere; ``requests``: N operations of the ``mix`` (weights of store, use, lookup, move, copy).
 
-    ``prompts``: how many there are (0: one an operation); ``zipf``: the exponent of their popularity, 0: all alike.
+    ``prompts``: how many there are (0: one an operation, at most 64); ``zipf``: the exponent of their popularity, 0: all
+    alike. ``mix`` is ``{store: 1, use: 6, lookup: 1, move: 2}`` unless given.
     """
 
     moves: int = 0

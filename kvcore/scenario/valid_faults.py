@@ -74,14 +74,14 @@ def fault_mistakes(scenario: Scenario, config: Config) -> Iterator[Mistake]:
             yield Mistake(path, f"found no kind of fault, expected {choices(FAULT_KINDS)}")
             continue
         if fault.when is not None:
-            yield from _when(scenario, (*path, "when"), fault.when)
+            yield from _when(scenario, (*path, "when"), fault.when, tuple(kinds))
         yield from _anchored(path, fault)
         yield from _counts(path, fault)
         yield from _kinds(scenario, path, fault, kinds)
         yield from _durations(config, path, fault)
 
 
-def _when(scenario: Scenario, path: Path, when: When) -> Iterator[Mistake]:
+def _when(scenario: Scenario, path: Path, when: When, steps: Tuple[str, ...]) -> Iterator[Mistake]:
     given = [name for name in (*ANCHORS, "at") if getattr(when, name)]
     if len(given) != 1:
         found = " and ".join(given) or "no anchor"
@@ -90,8 +90,10 @@ def _when(scenario: Scenario, path: Path, when: When) -> Iterator[Mistake]:
     what = given[0]
     word = str(getattr(when, what))
     known = {"sent": MESSAGES, "received": MESSAGES, "started": STARTED, "ended": ENDED}.get(what)
+    if what in ("started", "ended"):
+        known = (*(known or ()), *steps)
     if known is not None and word not in known:
-        kind = {"started": "effect", "ended": "input"}.get(what, "message")
+        kind = {"started": "effect or step", "ended": "input or step"}.get(what, "message")
         yield Mistake((*path, what), unknown(kind, word, known))
     for name in ("by", "to"):
         node = getattr(when, name)
@@ -117,7 +119,8 @@ def _anchored(path: Path, fault: Fault) -> Iterator[Mistake]:
         yield Mistake((*path, "when"), "found a when, but a namespace differs from the start", True)
     anchor = when.anchor
     for kind in fault.kinds:
-        if kind in _MESSAGE_KINDS and anchor not in ("sent", "received", "ended"):
+        message = anchor in ("sent", "received") or (anchor == "ended" and when.ended in ENDED)
+        if kind in _MESSAGE_KINDS and not message:
             text = f"found {kind} at {anchor or 'nothing'}, expected a message: 'when: {{sent: Committed}}'"
             yield Mistake((*path, kind), text, True)
         if kind == "copy" and (anchor != "started" or when.started not in COPIES):

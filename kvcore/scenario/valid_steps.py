@@ -26,6 +26,7 @@ from kvcore.scenario.units import Duration, Tokens
 EVENTFUL: Final[Tuple[str, ...]] = ("move", "pin", "clear")
 MIX: Final[Tuple[str, ...]] = ("store", "use", "lookup", "move", "copy")
 _OPERATIONS_MAX: Final = 10_000_000
+_LENGTHS_MAX: Final = 1_000_000
 
 
 # ---- what others ask too --------------------------------------------------------------------------------------------
@@ -117,6 +118,8 @@ def _step(
         yield from _wait(path, step.wait, earlier)
     if step.sleep is not None and step.sleep.duration.ns(config) <= 0:
         yield Mistake((*path, "for"), f"found {step.sleep.duration}, expected a duration above 0")
+    if body.window < 0:
+        yield Mistake((*path, "window"), f"found {body.window}, expected 0 or more")
     for name in ("timeout", "lease", "deadline"):
         value = getattr(body, name, None)
         if isinstance(value, Duration) and value.ns(config) <= 0:
@@ -236,6 +239,8 @@ def _lengths(lengths: Lengths, chunk: int) -> Iterator[Mistake]:
     low, high = spread.least.count(chunk), spread.most.count(chunk)
     if not 1 <= low <= high:
         yield Mistake((*path, given[0]), f"found min {low} and max {high} tokens, expected 1 <= min <= max")
+    elif lengths.zipf is not None and high // low > _LENGTHS_MAX:
+        yield Mistake((*path, "zipf"), f"max is {high // low} times min, expected at most {_LENGTHS_MAX} times")
     for name in ("exponent", "sigma"):
         value = getattr(spread, name, 0.0)
         if not (math.isfinite(value) and 0 <= value <= 100):
