@@ -15,9 +15,9 @@ from kvcore.scenario import located, short, valid
 from kvcore.scenario.editor import json_schema
 from kvcore.scenario.mistake import Mistake, Path, path_text, shown
 from kvcore.scenario.schema import Body, Scenario
-from kvcore.scenario.units import Quantity
+from kvcore.scenario.units import Quantity, Tokens
 
-__all__ = ["ScenarioError", "dump", "json_schema", "load", "loads"]
+__all__ = ["ScenarioError", "dump", "json_schema", "load", "load_data", "loads"]
 
 BYTES_MAX: Final = 1 << 20
 """A scenario file says little; bigger workloads come from generators."""
@@ -176,6 +176,15 @@ def _code(error: Any) -> int:
 # ---- reading --------------------------------------------------------------------------------------------------------
 def load(path: Union[str, FilePath], overrides: Sequence[str] = ()) -> Scenario:
     """Read a file. ``overrides``: ``path=value``, as ``--set kv.chunk='128 tokens'`` has it."""
+    return loads(_read(path), str(path), overrides)
+
+
+def load_data(path: Union[str, FilePath]) -> Any:
+    """The plain data of another YAML file (a profile), under the same rules. ScenarioError if it cannot be read."""
+    return _Text(str(path)).parse(_read(path).removeprefix("\ufeff"))
+
+
+def _read(path: Union[str, FilePath]) -> str:
     name = str(path)
     try:
         with open(path, "rb") as file:
@@ -187,12 +196,11 @@ def load(path: Union[str, FilePath], overrides: Sequence[str] = ()) -> Scenario:
     if len(data) > BYTES_MAX:
         raise ScenarioError(name, 0, 0, "", f"is larger than {BYTES_MAX} bytes, expected a scenario; use a workload")
     try:
-        text = data.decode("utf-8")
+        return data.decode("utf-8")
     except UnicodeDecodeError as error:
         before = data[: error.start]
         line, column = before.count(b"\n") + 1, len(before) - before.rfind(b"\n")
         raise ScenarioError(name, line, column, "", f"not text in UTF-8: the byte 0x{data[error.start]:02X}") from None
-    return loads(text, name, overrides)
 
 
 def loads(text: str, name: str = "scenario", overrides: Sequence[str] = ()) -> Scenario:
@@ -321,6 +329,8 @@ def _plain(value: Any) -> Any:
         return {key: _plain(inner) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(inner) for inner in value]
+    if isinstance(value, Tokens) and not value.chunks:
+        return value.number
     return str(value) if isinstance(value, Quantity) else value
 
 

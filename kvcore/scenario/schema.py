@@ -287,9 +287,9 @@ class When(Part, frozen=True, kw_only=True):
     """The anchor: exactly one of the first five. ``nth`` counts per sending node and life, from 1.
 
     ``sent``, ``received``: a message's name. ``started``: an effect's (StartCopy, StartFill...), a journal record's
-    (Begin, Decide...) or a step's. ``ended``: an answering input's (CopyDone, FillDone...) or a step's. ``at``: since the workload
-    began. ``by``: the node it happens at, a rank ``a/0``, an instance ``a``, ``ctl`` or ``client``; ``to``: whom a
-    message goes to (or comes from, if ``received``).
+    (Begin, Decide...) or a step's. ``ended``: an answering input's (CopyDone, FillDone...) or a step's. ``at``: since the
+    workload began. ``by``: the node it happens at, a rank ``a/0``, an instance ``a``, ``ctl`` or ``client``; ``to``: whom
+    a message goes to (or comes from, if ``received``).
     """
 
     sent: str = ""
@@ -487,8 +487,8 @@ class Workload(Part, frozen=True, kw_only=True):
     """Steps drawn from the seed, after the written ones. ``moves``: N moves of prompts from where they are to
     elsewhere; ``requests``: N operations of the ``mix`` (weights of store, use, lookup, move, copy).
 
-    ``prompts``: how many there are (0: one an operation, at most 64); ``zipf``: the exponent of their popularity, 0: all
-    alike. ``mix`` is ``{store: 1, use: 6, lookup: 1, move: 2}`` unless given.
+    ``prompts``: how many there are (0: one an operation, at most 64); ``zipf``: the exponent of their popularity, 0:
+    all alike. ``mix`` is ``{store: 1, use: 6, lookup: 1, move: 2}`` unless given.
     """
 
     moves: int = 0
