@@ -1,0 +1,345 @@
+"""A node: one machine, its inputs in order, its effects carried out, one alarm.
+
+A message to an idle node is one event: it is handled when it arrives, and what it makes the node do leaves after the
+service time. Until then the node is busy and later inputs wait, first come first served. A crashed node loses all it is
+sent; a paused one finds it when it goes on.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from heapq import heappush
+from typing import Any, Callable, Deque, Dict, List, Optional, Tuple, final
+
+from kvcore.protocol.config import ControllerSpec, WorkerSpec
+from kvcore.protocol.machine import (
+    AbortCopy,
+    Boot,
+    CloseWindow,
+    Effect,
+    Input,
+    Journal,
+    JournalRecord,
+    Machine,
+    Note,
+    Received,
+    Send,
+    StartCopy,
+    StartFill,
+    StartRead,
+    TimerFired,
+)
+from kvcore.protocol.worker import Worker
+from kvcore.scenario.build import AnySpec, Built, make_machine
+from kvcore.scenario.client import ClientSpec
+from kvcore.scenario.faults import FaultPlan, Verdict
+from kvcore.scenario.history import NoHistory
+from kvsim.costs import Profile
+from kvsim.engine import Engine
+from kvsim.fabric import Fabric
+from kvsim.loop import NEVER_NS, Loop
+from kvsim.memory import Memory
+from kvsim.network import Network
+from kvsim.transfer import Transfer, Transfers
+
+Observer = Callable[[int, str, Machine, Input, List[Effect]], None]
+
+
+@final
+class Cluster:
+    """What the nodes of one run share."""
+
+    def __init__(self, built: Built, profile: Profile, plan: FaultPlan, history: NoHistory) -> None:
+        self.loop: Loop = Loop()
+        self.profile: Profile = profile
+        self.plan: FaultPlan = plan
+        self.plan_active: bool = plan.active
+        self.history: NoHistory = history
+        self.history_on: bool = history.on
+        self.observe: Optional[Observer] = None
+        self.queued: Optional[Callable[[Tuple[int, int], int], None]] = None
+        self.on_note: Callable[[Note], None] = _ignore
+        self.on_action: Callable[[Any], None] = _ignore
+        self.fabric: Fabric = Fabric(self.loop)
+        self.network: Network = Network(built, profile, self.fabric)
+        self.transfers: Transfers = Transfers(self)
+        self.engine: Engine = Engine(self)
+        self.copy_max_ns: int = built.config.copy_max_ns
+        self.inputs: int = 0
+        self.nodes: Dict[str, Node] = {}
+        for number, spec in enumerate(built.specs):
+            self.nodes[spec.name] = Node(self, spec, built.bytes_per_token.get(spec.name, 0), number, built.seed)
+
+
+@final
+class Node:
+    def __init__(self, cluster: Cluster, spec: AnySpec, bytes_per_token: int, number: int, seed: int) -> None:
+        self.cluster: Cluster = cluster
+        self.loop: Loop = cluster.loop
+        self.spec: AnySpec = spec
+        self.name: str = spec.name
+        self.number: int = number
+        self.seed: int = seed
+        self.bytes_per_token: int = bytes_per_token
+        self.is_client: bool = isinstance(spec, ClientSpec)
+        self.machine: Machine = make_machine(spec)
+        self.memory: Memory = Memory([])
+        self.journal: List[JournalRecord] = []  # survives a crash
+        self.alive: bool = False
+        self.paused: bool = False
+        self.restarts_ns: int = -1  # when it will be booted again, if it is to be
+        #: rises with every crash, boot, pause and resume: what was scheduled for another turn does nothing
+        self.turn: int = 0
+        self.life: int = 0
+        #: idle from then on; NEVER while dead or paused
+        self.busy_ns: int = NEVER_NS
+        self.service_ns: int = cluster.profile.service_ns
+        self.queue: Deque[Input] = deque()
+        self.alarm_ns: int = NEVER_NS
+        self.copies: Dict[Tuple[int, int], Transfer] = {}  # mine, by rid
+        self.touching: Dict[int, Transfer] = {}  # those that read from me or write to me
+        self.closed: Dict[Tuple[str, int], None] = {}
+        self.held: Dict[str, List[Received]] = {}  # messages that wait to be overtaken, by destination
+        self.on_arrival: Callable[[Any, Any], None] = self.arrive_asking if cluster.plan_active else self.arrive
+
+    # ---- lives ------------------------------------------------------------------------------------------------------
+    def boot(self, _: Any = None, __: Any = None) -> None:
+        spec = self.spec
+        self.turn += 1
+        self.life += 1
+        self.alive = True
+        self.paused = False
+        self.restarts_ns = -1
+        self.machine = make_machine(spec)
+        if isinstance(spec, WorkerSpec):
+            self.memory = Memory([location.name for location in spec.locations])
+            boot = Boot(nonce=self._nonce())
+        elif isinstance(spec, ControllerSpec):
+            boot = Boot(journal=tuple(self.journal))
+        else:
+            boot = Boot()
+        self.busy_ns = self.loop.now_ns
+        self.take(self.loop.now_ns, boot)
+
+    def _nonce(self) -> int:
+        """Different for every process of a run, the same in every run."""
+        return (self.seed & 0xFFFF) << 40 | (self.number + 1) << 16 | self.life
+
+    def crash(self) -> None:
+        self.turn += 1
+        self.alive = False
+        self.paused = False
+        self.busy_ns = NEVER_NS
+        self.alarm_ns = NEVER_NS
+        self.queue.clear()
+        self.held.clear()
+        self.closed.clear()
+        self.service_ns = self.cluster.profile.service_ns
+        self.cluster.transfers.crashed(self)
+
+    def pause(self) -> None:
+        if self.alive and not self.paused:
+            self.turn += 1
+            self.paused = True
+            self.busy_ns = NEVER_NS
+            self.cluster.transfers.paused(self)
+
+    def resume(self) -> None:
+        if self.paused:
+            self.turn += 1
+            self.paused = False
+            self.busy_ns = self.loop.now_ns
+            self.alarm_ns = NEVER_NS
+            self.cluster.transfers.resumed(self)
+            if self.queue:
+                self.loop.at(self.busy_ns, self.drain, self.turn)
+            self.arm()
+
+    def epoch(self) -> int:
+        """The epoch that this process has, 0 for none (and for a dead one)."""
+        machine = self.machine
+        return machine.epoch if self.alive and isinstance(machine, Worker) else 0
+
+    # ---- inputs -----------------------------------------------------------------------------------------------------
+    def arrive(self, item: Input, _: Any) -> None:
+        now = self.loop.now_ns
+        if now >= self.busy_ns and not self.queue:
+            self.take(now, item)
+        elif self.alive:
+            self.queue.append(item)
+            if len(self.queue) == 1 and not self.paused:
+                self.loop.at(self.busy_ns, self.drain, self.turn)
+
+    def give(self, item: Input, life: int) -> None:
+        """An input that is meant for one life."""
+        if life == self.life:
+            self.on_arrival(item, None)
+
+    def drain(self, turn: int, _: Any) -> None:
+        """Not busy any more: the next input in line."""
+        if turn != self.turn:
+            return
+        self.take(self.loop.now_ns, self.queue.popleft())
+        if self.queue and turn == self.turn:
+            self.loop.at(self.busy_ns, self.drain, turn)
+
+    def take(self, now: int, item: Input) -> None:
+        """Handle one input; its effects leave after the service time."""
+        machine = self.machine
+        cluster = self.cluster
+        effects = machine.handle(now, item)
+        leave = self.busy_ns = now + self.service_ns
+        cluster.inputs += 1
+        if cluster.history_on:
+            cluster.history.add(now, self.name, item, effects)
+        if cluster.observe is not None:
+            cluster.observe(now, self.name, machine, item, effects)
+        if effects:
+            if cluster.plan_active:
+                self._carry_asking(now, effects, leave)
+            else:
+                self._carry(effects, leave)
+        heap = machine.timers.heap
+        if heap and heap[0][0] < self.alarm_ns:
+            self.arm()
+
+    def has_queued(self, kind: type, rid: Tuple[int, int]) -> bool:
+        return any(type(item) is kind and item.rid == rid for item in self.queue)  # type: ignore[union-attr]
+
+    # ---- the alarm --------------------------------------------------------------------------------------------------
+    def arm(self) -> None:
+        """One alarm a node: for the earliest deadline, if that is before the alarm that is set."""
+        due = self.machine.timers.next()
+        if due is not None and due[0] < self.alarm_ns and not self.paused and self.alive:
+            now = self.loop.now_ns
+            when = self.alarm_ns = due[0] if due[0] > now else now
+            self.loop.at(when, self._alarm, when, self.turn)
+
+    def _alarm(self, when: int, turn: int) -> None:
+        if when != self.alarm_ns or turn != self.turn:
+            return
+        now = self.loop.now_ns
+        self.alarm_ns = NEVER_NS
+        due = self.machine.timers.next()
+        if due is None:
+            return
+        if due[0] > now:
+            self.arm()
+        elif now < self.busy_ns:
+            self.alarm_ns = self.busy_ns
+            self.loop.at(self.busy_ns, self._alarm, self.busy_ns, turn)
+        else:
+            self.take(now, TimerFired(due[1]))
+
+    # ---- effects ----------------------------------------------------------------------------------------------------
+    def _carry(self, effects: List[Effect], leave: int) -> None:
+        cluster = self.cluster
+        nodes = cluster.nodes
+        loop = self.loop
+        uniform_ns = cluster.network.uniform_ns
+        for effect in effects:
+            kind = type(effect)
+            if kind is Send:
+                name = effect.dst  # type: ignore[union-attr]
+                peer = nodes.get(name)
+                if peer is not None:
+                    wire_ns = uniform_ns if uniform_ns >= 0 else cluster.network.message_ns(self.name, name)
+                    seq = loop.seq = loop.seq + 1
+                    item = Received(self.name, effect.msg)  # type: ignore[union-attr]
+                    heappush(loop.heap, (leave + wire_ns, seq, peer.on_arrival, item, None))
+            elif kind is Note:
+                if self.is_client:
+                    cluster.on_note(effect)  # type: ignore[arg-type]
+            elif kind is StartCopy:
+                cluster.transfers.start(self, effect, leave)  # type: ignore[arg-type]
+            elif kind is Journal:
+                self.journal.append(effect.record)  # type: ignore[union-attr]
+                leave += cluster.profile.journal_ns
+                if self.busy_ns < leave:
+                    self.busy_ns = leave
+            else:
+                self._carry_rare(effect, leave)
+
+    def _carry_rare(self, effect: Effect, leave: int) -> None:
+        cluster = self.cluster
+        if isinstance(effect, AbortCopy):
+            cluster.transfers.abort(self, effect.rid, leave)
+        elif isinstance(effect, StartFill):
+            cluster.engine.fill(self, effect, leave)
+        elif isinstance(effect, StartRead):
+            cluster.engine.read(self, effect, leave)
+        elif isinstance(effect, CloseWindow):
+            cluster.transfers.close_window(self, effect.peer, effect.epoch, leave)
+        else:
+            raise TypeError(f"{self.name}: an effect that no driver knows: {effect!r}")
+
+    # ---- the same, with faults --------------------------------------------------------------------------------------
+    def arrive_asking(self, item: Input, verdict: Any) -> None:
+        """``verdict``: not None if the plan has been asked about this input already."""
+        cluster = self.cluster
+        if verdict is not None or not self.alive:
+            self.arrive(item, None)
+            return
+        asked = cluster.plan.input(self.loop.now_ns, self.name, item)
+        for action in asked.actions:
+            cluster.on_action(action)
+        for i in range(0 if asked.drop else asked.copies):
+            late_ns = asked.delay_ns + i * asked.copy_gap_ns
+            if late_ns:
+                self.loop.at(self.loop.now_ns + late_ns, self.arrive_asking, item, asked)
+            else:
+                self.arrive(item, None)
+
+    def _carry_asking(self, now: int, effects: List[Effect], leave: int) -> None:
+        cluster = self.cluster
+        turn = self.turn
+        for effect in effects:
+            verdict = cluster.plan.effect(now, self.name, effect)
+            if isinstance(effect, Send):
+                self._send_asking(effect, verdict, leave)
+            elif verdict.drop:
+                pass
+            elif verdict.delay_ns:
+                self.loop.at(now + verdict.delay_ns, self._carry_late, effect, self.life)
+            else:
+                self._carry([effect], leave)
+                leave = max(leave, self.busy_ns)
+            for action in verdict.actions:
+                cluster.on_action(action)
+            if not self.alive or turn != self.turn and not self.paused:
+                return  # it died in the middle of it
+
+    def _carry_late(self, effect: Effect, life: int) -> None:
+        if self.alive and self.life == life:
+            self._carry([effect], self.loop.now_ns)
+
+    def _send_asking(self, effect: Send, verdict: Verdict, leave: int) -> None:
+        cluster = self.cluster
+        peer = cluster.nodes.get(effect.dst)
+        if peer is None or verdict.drop or cluster.plan.blocked(self.name, effect.dst):
+            return
+        item = Received(self.name, effect.msg)
+        arrives_ns = leave + cluster.network.message_ns(self.name, effect.dst)
+        if verdict.reorder:
+            self.held.setdefault(effect.dst, []).append(item)
+            self.loop.at(arrives_ns + verdict.delay_ns, self._let_go, item, peer)
+            return
+        for i in range(verdict.copies):
+            self.loop.at(arrives_ns + verdict.delay_ns + i * verdict.copy_gap_ns, peer.on_arrival, item)
+        overtaken = self.held.pop(effect.dst, None)
+        if overtaken is not None:
+            for held in overtaken:
+                self.loop.at(arrives_ns + verdict.delay_ns, peer.on_arrival, held)
+
+    def _let_go(self, item: Received, peer: Node) -> None:
+        """Nothing has overtaken a message that was to be reordered: it goes at last."""
+        waiting = self.held.get(peer.name)
+        if waiting is not None:
+            left = [held for held in waiting if held is not item]
+            if len(left) < len(waiting):
+                self.held[peer.name] = left
+                peer.on_arrival(item, None)
+
+
+def _ignore(_: Any) -> None:
+    """Nobody wants to know."""

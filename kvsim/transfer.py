@@ -1,0 +1,282 @@
+"""Copies: from one process's slots to another's, over the fabric, with everything that may happen on the way.
+
+What a driver owes (kvcore/protocol/machine.py): CopyDone(ok) only after the last byte; every copy ends; nothing lands
+after CopyStopped, CopyDone or WindowClosed; a write addressed to an old epoch never lands. The bytes that land are what
+the source's slots hold *when the copy ends*, so that a missing fence really gives wrong ones; from a copy's start to
+its end its target slots hold nobody's bytes.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Dict, List, Optional, Tuple, final
+
+from kvcore.protocol.machine import CopyDone, CopyStopped, StartCopy, WindowClosed
+from kvcore.protocol.messages import Rid
+from kvcore.scenario.faults import CopyFate
+from kvsim.maxmin import Link
+from kvsim.memory import TORN, Memory, copy_slots
+
+if TYPE_CHECKING:
+    from kvsim.node import Cluster, Node
+
+PEER_GONE = "peer is gone"
+OTHER_EPOCH = "peer has another epoch"
+WINDOW_CLOSED = "window closed"
+TIMED_OUT = "took longer than copy_max"
+INJECTED = "injected failure"
+
+
+@final
+class Transfer:
+    """One copy under way. ``owner`` is who asked for it: the reader, or the writer of a push."""
+
+    __slots__ = (
+        "cap",
+        "crossed",
+        "effect",
+        "ended",
+        "epoch",
+        "fate",
+        "fid",
+        "links",
+        "nbytes",
+        "number",
+        "owner",
+        "peer",
+        "solo_ns",
+        "start_ns",
+    )
+
+    def __init__(self, number: int, owner: Node, peer: Node, effect: StartCopy, nbytes: int, start_ns: int) -> None:
+        self.number: int = number
+        self.owner: Node = owner
+        self.peer: Node = peer
+        self.effect: StartCopy = effect
+        self.epoch: int = owner.epoch()
+        self.nbytes: int = nbytes
+        self.start_ns: int = start_ns
+        self.links: Tuple[Link, ...] = ()
+        self.fate: Optional[CopyFate] = None
+        self.fid: int = 0  # 0: no bytes are moving
+        self.crossed: float = 0.0  # the fraction of the bytes that earlier flows of this copy have carried
+        self.cap: float = 0.0
+        self.solo_ns: int = 0  # what it would take alone on its links
+        self.ended: bool = False
+
+    def target(self) -> Memory:
+        return self.owner.memory if self.effect.read else self.peer.memory
+
+    def tear(self) -> None:
+        effect = self.effect
+        if effect.read:
+            self.owner.memory.tear(effect.location, effect.slots)
+        else:
+            self.peer.memory.tear(effect.peer_location, effect.peer_slots)
+
+
+@final
+class Transfers:
+    def __init__(self, cluster: Cluster) -> None:
+        self.cluster: Cluster = cluster
+        self.active: Dict[int, Transfer] = {}  # by number: the oldest first
+        self.count: int = 0
+        self.bytes: int = 0
+        self.watching: bool = False
+
+    # ---- effects ----------------------------------------------------------------------------------------------------
+    def start(self, owner: Node, effect: StartCopy, at_ns: int) -> None:
+        """The owner's StartCopy leaves it at ``at_ns``."""
+        cluster = self.cluster
+        peer = cluster.nodes[effect.peer]
+        number = self.count = self.count + 1
+        nbytes = sum(effect.lens) * owner.bytes_per_token
+        transfer = Transfer(number, owner, peer, effect, nbytes, at_ns)
+        self.active[number] = transfer
+        owner.copies[effect.rid] = transfer
+        if not self.watching:
+            self.watching = True
+            cluster.loop.at(at_ns + cluster.copy_max_ns, self._watch)
+        refused = self._refusal(transfer)
+        if refused:
+            cluster.loop.at(at_ns + cluster.profile.peer_death_ns, self._fail, transfer, refused)
+            return
+        peer.touching[number] = transfer
+        transfer.tear()
+        if cluster.plan_active:
+            transfer.fate = cluster.plan.copy(cluster.loop.now_ns, owner.name, effect)
+        self._flow(transfer, at_ns - cluster.loop.now_ns)
+
+    def _refusal(self, transfer: Transfer) -> str:
+        peer = transfer.peer
+        if not peer.alive:
+            return PEER_GONE
+        if peer.epoch() != transfer.effect.peer_epoch:
+            return OTHER_EPOCH
+        if not transfer.effect.read and (transfer.owner.name, transfer.epoch) in peer.closed:
+            return WINDOW_CLOSED
+        return ""
+
+    def _flow(self, transfer: Transfer, after_ns: int) -> None:
+        cluster = self.cluster
+        effect = transfer.effect
+        if effect.read:
+            links, latency_ns, cap = cluster.network.path(
+                effect.peer, effect.peer_location, transfer.owner.name, effect.location
+            )
+        else:
+            links, latency_ns, cap = cluster.network.path(
+                transfer.owner.name, effect.location, effect.peer, effect.peer_location
+            )
+        overhead_ns = latency_ns + cluster.profile.transfer_overhead_ns(len(effect.slots))
+        nbytes = transfer.nbytes
+        fate = transfer.fate
+        if fate is not None:
+            if fate.fail or fate.stuck:
+                nbytes = int(nbytes * fate.fraction)
+        rate = cap / 1e9
+        for link in links:
+            if rate == 0.0 or link.capacity < rate:
+                rate = link.capacity
+        transfer.cap = cap
+        if fate is not None and fate.slow > 1.0:
+            transfer.cap = rate * 1e9 / fate.slow
+            overhead_ns = round(overhead_ns * fate.slow)
+        transfer.links = links
+        transfer.solo_ns = overhead_ns + round(nbytes / rate)
+        transfer.fid = cluster.fabric.start(
+            links, nbytes, self._crossed, transfer, transfer.cap, after_ns + overhead_ns
+        )
+
+    def abort(self, owner: Node, rid: Rid, at_ns: int) -> None:
+        """AbortCopy: whatever has crossed by now has landed; nothing will after CopyStopped."""
+        transfer = owner.copies.get(rid)
+        if transfer is None:
+            if owner.has_queued(CopyDone, rid):
+                return  # it has won the race
+        else:
+            self._stop(transfer)
+        cluster = self.cluster
+        cluster.loop.at(at_ns + cluster.profile.abort_ns, owner.give, CopyStopped(rid), owner.life)
+
+    def close_window(self, owner: Node, peer: str, epoch: int, at_ns: int) -> None:
+        """Nothing that process (peer, epoch) writes lands at ``owner`` from now on."""
+        owner.closed[(peer, epoch)] = None
+        for transfer in list(owner.touching.values()):
+            if not transfer.effect.read and transfer.owner.name == peer and transfer.epoch == epoch:
+                self._fail(transfer, WINDOW_CLOSED)
+        cluster = self.cluster
+        cluster.loop.at(at_ns + cluster.profile.window_ns, owner.give, WindowClosed(peer, epoch), owner.life)
+
+    # ---- what happens to nodes --------------------------------------------------------------------------------------
+    def crashed(self, node: Node) -> None:
+        """The node's own copies end with it, silently; those of others with it fail when they notice."""
+        cluster = self.cluster
+        for transfer in list(node.copies.values()):
+            self._stop(transfer)
+        for transfer in list(node.touching.values()):
+            self._halt(transfer)
+            cluster.loop.at(cluster.loop.now_ns + cluster.profile.peer_death_ns, self._fail, transfer, PEER_GONE)
+
+    def paused(self, node: Node) -> None:
+        """A stopped process moves no bytes; what others read from it or write to it goes on."""
+        for transfer in node.copies.values():
+            self._halt(transfer)
+
+    def resumed(self, node: Node) -> None:
+        for transfer in node.copies.values():
+            if transfer.fid == 0 and transfer.links and not _is_stuck(transfer):
+                left = int(transfer.nbytes * (1.0 - transfer.crossed))
+                transfer.fid = self.cluster.fabric.start(transfer.links, left, self._crossed, transfer, transfer.cap)
+
+    # ---- ends -------------------------------------------------------------------------------------------------------
+    def _crossed(self, transfer: Transfer) -> None:
+        """The last byte of the flow is over."""
+        transfer.fid = 0
+        fate = transfer.fate
+        if fate is not None and (fate.fail or fate.stuck):
+            transfer.crossed = fate.fraction
+            if fate.fail:
+                self._fail(transfer, INJECTED)
+            return
+        effect = transfer.effect
+        if not effect.read and transfer.peer.epoch() != effect.peer_epoch:
+            self._fail(transfer, OTHER_EPOCH)
+            return
+        self._land(transfer, 1.0)
+        if fate is not None and fate.corrupt:
+            transfer.target().tear(*_first_slot(effect))
+        self._end(transfer)
+        self.bytes += transfer.nbytes
+        cluster = self.cluster
+        if cluster.queued is not None:
+            waited_ns = cluster.loop.now_ns - transfer.start_ns - transfer.solo_ns
+            cluster.queued(effect.rid, max(0, waited_ns))
+        transfer.owner.arrive(CopyDone(effect.rid, True), None)
+
+    def _fail(self, transfer: Transfer, why: str) -> None:
+        if transfer.ended:
+            return
+        self._stop(transfer)
+        transfer.owner.arrive(CopyDone(transfer.effect.rid, False, why), None)
+
+    def _stop(self, transfer: Transfer) -> None:
+        """End it where it is: what has crossed has landed."""
+        self._halt(transfer)
+        if transfer.crossed > 0.0:
+            self._land(transfer, transfer.crossed)
+        self._end(transfer)
+
+    def _halt(self, transfer: Transfer) -> None:
+        if transfer.fid:
+            part = self.cluster.fabric.cancel(transfer.fid)
+            transfer.crossed += (1.0 - transfer.crossed) * part
+            transfer.fid = 0
+
+    def _end(self, transfer: Transfer) -> None:
+        transfer.ended = True
+        del self.active[transfer.number]
+        transfer.owner.copies.pop(transfer.effect.rid, None)
+        transfer.peer.touching.pop(transfer.number, None)
+
+    def _land(self, transfer: Transfer, fraction: float) -> None:
+        effect = transfer.effect
+        if not effect.read and (not transfer.peer.alive or transfer.peer.epoch() != effect.peer_epoch):
+            return  # addressed to an old life
+        whole = len(effect.slots) if fraction >= 1.0 else int(fraction * len(effect.slots))
+        ours = transfer.owner.memory.slots[effect.location]
+        theirs = transfer.peer.memory.slots[effect.peer_location]
+        if effect.read:
+            copy_slots(theirs, effect.peer_slots[:whole], ours, effect.slots, effect.lens)
+        else:
+            copy_slots(ours, effect.slots[:whole], theirs, effect.peer_slots, effect.lens)
+        if fraction < 1.0 and whole < len(effect.slots):
+            self._tear_at(transfer, whole)
+
+    def _tear_at(self, transfer: Transfer, index: int) -> None:
+        """The chunk that was being written when the copy ended: whatever stood there is half overwritten."""
+        effect = transfer.effect
+        if effect.read:
+            transfer.owner.memory.slots[effect.location][effect.slots[index]] = TORN
+        else:
+            transfer.peer.memory.slots[effect.peer_location][effect.peer_slots[index]] = TORN
+
+    def _watch(self, _: Any, __: Any) -> None:
+        """Every copy ends within copy_max: one alarm, for the oldest."""
+        cluster = self.cluster
+        now = cluster.loop.now_ns
+        for transfer in list(self.active.values()):
+            if transfer.start_ns + cluster.copy_max_ns > now:
+                cluster.loop.at(transfer.start_ns + cluster.copy_max_ns, self._watch)
+                return
+            self._fail(transfer, TIMED_OUT)
+        self.watching = False
+
+
+def _is_stuck(transfer: Transfer) -> bool:
+    return transfer.fate is not None and transfer.fate.stuck
+
+
+def _first_slot(effect: StartCopy) -> Tuple[str, List[int]]:
+    if effect.read:
+        return effect.location, [effect.slots[0]]
+    return effect.peer_location, [effect.peer_slots[0]]
