@@ -109,18 +109,16 @@ class FileHistory(NoHistory):
 
     def flush(self) -> None:
         file = self._file
+        waiting = memoryview(self._buffer)
+        self._buffer = bytearray()
         if file is None:
-            self._buffer.clear()
             return
         try:
-            with memoryview(self._buffer) as view:
-                done = 0
-                while done < len(view):
-                    done += file.write(view[done:]) or 0
-            self._buffer.clear()
+            done = 0
+            while done < len(waiting):
+                done += file.write(waiting[done:]) or 0
         except OSError as error:
             self._file = None
-            self._buffer.clear()
             file.close()
             raise HistoryError(f"{self.path}: cannot write the history: {error.strerror}") from error
 
