@@ -49,7 +49,15 @@ Observer = Callable[[int, str, Machine, Input, List[Effect]], None]
 class Cluster:
     """What the nodes of one run share."""
 
-    def __init__(self, built: Built, profile: Profile, plan: FaultPlan, history: NoHistory) -> None:
+    def __init__(
+        self,
+        built: Built,
+        profile: Profile,
+        plan: FaultPlan,
+        history: NoHistory,
+        make: Callable[[AnySpec], Machine] = make_machine,
+    ) -> None:
+        self.make: Callable[[AnySpec], Machine] = make
         self.loop: Loop = Loop()
         self.profile: Profile = profile
         self.plan: FaultPlan = plan
@@ -82,7 +90,7 @@ class Node:
         self.seed: int = seed
         self.bytes_per_token: int = bytes_per_token
         self.is_client: bool = isinstance(spec, ClientSpec)
-        self.machine: Machine = make_machine(spec)
+        self.machine: Machine = cluster.make(spec)
         self.memory: Memory = Memory([])
         self.journal: List[JournalRecord] = []  # survives a crash
         self.alive: bool = False
@@ -110,7 +118,7 @@ class Node:
         self.alive = True
         self.paused = False
         self.restarts_ns = -1
-        self.machine = make_machine(spec)
+        self.machine = self.cluster.make(spec)
         if isinstance(spec, WorkerSpec):
             self.memory = Memory([location.name for location in spec.locations])
             boot = Boot(nonce=self._nonce())
