@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Final
 
 from kvcore.scenario.result import Operation, Result
 from kvmove import report
-from kvmove.errors import BAD_INPUT, FAILED, GOOD, UserError, line_for
-from kvmove.output import duration, grid, percent, plural, size
-from kvmove.play import Played, play, prepare
+from kvmove.errors import FAILED, GOOD, RealUnavailable, UserError
+from kvmove.output import grid, plural, size
+from kvmove.play import Played, Player, prepare
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -48,22 +48,18 @@ def demo(screen: Console, progress: Callable[[str], AbstractContextManager[None]
     place = _short(scenarios_directory())
     screen.print("[bold]One protocol, two worlds[/bold]\n")
     screen.print(INTRO + "\n")
+    try:
+        player = Player(("sim", "real"), progress=progress)
+    except RealUnavailable as error:
+        screen.print(f"{error}; it is skipped\n", markup=False)
+        player = Player(("sim",), progress=progress)
     status = GOOD
-    with tempfile.TemporaryDirectory(prefix="kvmove-") as logs:
+    with player, tempfile.TemporaryDirectory(prefix="kvmove-") as logs:
         for number, name in enumerate(SCENARIOS, 1):
             prepared = prepare(str(place / name))
             screen.rule(f"[bold]{number} of {len(SCENARIOS)}: {prepared.path}[/bold]", align="left", style="dim")
             screen.print(_about(prepared.scenario.about or prepared.scenario.name), markup=False)
-            log = Path(logs) / Path(name).stem
-            try:
-                played = play(prepared, ("sim", "real"), log, progress=progress)
-            except Exception as error:
-                line = line_for(error)
-                if line is None or type(error).__name__ != "RealUnavailable":
-                    raise
-                screen.print(f"\nthe real world is skipped: {line}\n", markup=False)
-                played = play(prepared, ("sim",), log, progress=progress)
-                status = max(status, BAD_INPUT) if not played.good else status
+            played = player.play(prepared, Path(logs) / Path(name).stem)
             _tell(screen, played)
             if not played.good:
                 status = FAILED
@@ -169,5 +165,3 @@ def _next(screen: Console, place: Path) -> None:
     for command, what in NEXT:
         table.add_row(command.format(first=place / SCENARIOS[0]), what)
     screen.print(table)
-
-

@@ -17,9 +17,13 @@ class UserError(Exception):
     """Bad input, or something that cannot run here. The message is the whole line that the user sees."""
 
 
+class RealUnavailable(UserError):
+    """The real world was asked for, and this machine lacks what it takes."""
+
+
 #: Errors that other packages raise at users, by class name: those packages are imported only where they are used.
 KNOWN: Final = frozenset(
-    {"ScenarioError", "BuildError", "ConfigError", "HistoryError", "RealUnavailable", "TransferError", "HostError"}
+    {"ScenarioError", "BuildError", "ConfigError", "ProfileError", "HistoryError", "TransferError", "RunError"}
 )
 
 

@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Final
+from types import TracebackType
+from typing import TYPE_CHECKING, Final
 
 import msgspec
 
 from kvcore.scenario.build import Built, build
 from kvcore.scenario.expect import expectations
+from kvcore.scenario.generate import expand
 from kvcore.scenario.history import read
 from kvcore.scenario.loader import load
 from kvcore.scenario.result import Result
 from kvcore.scenario.schema import Scenario
 from kvmove import compare
+from kvmove.errors import RealUnavailable
 
-WORLDS: Final = ("sim", "real")
+if TYPE_CHECKING:
+    from kvreal.pool import Pool
+
+#: What a scenario may need (``needs:``) that real nodes know how to use.
+REAL_PROVIDES: Final[tuple[str, ...]] = ()
 
 Progress = Callable[[str], AbstractContextManager[None]]
 
@@ -32,7 +39,8 @@ class Prepared(msgspec.Struct):
 
 
 class Played(msgspec.Struct):
-    """One scenario, played. ``results``, ``failures`` (of expectations), ``histories`` and ``wall_s`` are by world."""
+    """One scenario, played. ``results``, ``failures`` (of expectations), ``histories`` and ``wall_s`` are by world.
+    ``skipped``: why it was not played for real, though that was asked; empty if it was."""
 
     path: str
     scenario: Scenario
@@ -42,6 +50,7 @@ class Played(msgspec.Struct):
     histories: dict[str, Path] = {}
     wall_s: dict[str, float] = {}
     comparison: compare.Comparison | None = None
+    skipped: str = ""
 
     @property
     def good(self) -> bool:
@@ -56,65 +65,95 @@ def silent(_what: str) -> AbstractContextManager[None]:
 
 def prepare(path: str, sets: Sequence[str] = (), seed: int | None = None) -> Prepared:
     """Raises what kvmove.errors knows for a file that cannot be read or says something wrong."""
-    scenario = load(path, sets)
+    scenario = expand(load(path, sets), seed)
     return Prepared(path, scenario, build(scenario, seed))
 
 
-def play(
-    prepared: Prepared,
-    worlds: Sequence[str],
-    log: Path,
-    *,
-    transport: str = "auto",
-    progress: Progress = silent,
-    budget: int = compare.BUDGET,
-) -> Played:
-    """``log``: where the histories go, less their ending ``.sim.jsonl``. None of them stays if the run cannot end."""
-    path, scenario, built = prepared.path, prepared.scenario, prepared.built
-    played = Played(path, scenario, built)
+class Player:
+    """Plays scenarios, one after another. Real processes are started once for all of them, and ended with it.
+
+    RealUnavailable at once if "real" is among ``worlds`` and this machine cannot do it.
+    """
+
+    def __init__(
+        self,
+        worlds: Sequence[str],
+        *,
+        transport: str = "auto",
+        progress: Progress = silent,
+        budget: int = compare.BUDGET,
+    ) -> None:
+        self.worlds: tuple[str, ...] = tuple(worlds)
+        self.progress: Progress = progress
+        self.budget: int = budget
+        self.pool: Pool | None = _pool(transport) if "real" in worlds else None
+
+    def __enter__(self) -> Player:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.pool is not None:
+            self.pool.close()
+
+    def play(self, prepared: Prepared, log: Path) -> Played:
+        """``log``: where the histories go, less their ending ``.sim.jsonl``. None stays if a run cannot end."""
+        path, scenario, built = prepared.path, prepared.scenario, prepared.built
+        played = Played(path, scenario, built)
+        missing = [need for need in built.needs if need not in REAL_PROVIDES]
+        try:
+            for world in self.worlds:
+                if world == "real" and missing:
+                    played.skipped = f"{path} needs {' and '.join(missing)}, which real nodes cannot use here"
+                    continue
+                history = log.with_name(f"{log.name}.{world}.jsonl")
+                played.histories[world] = history
+                doing = "simulating" if world == "sim" else "running for real"
+                with self.progress(f"{doing}: {path}"):
+                    started = time.perf_counter()
+                    result = self._run(world, built, history)
+                    played.wall_s[world] = time.perf_counter() - started
+                played.results[world] = result
+                played.failures[world] = expectations(scenario, result)
+            if len(played.results) == 2:
+                with self.progress(f"comparing: {path}"):
+                    played.comparison = self._compare(played)
+        except BaseException:
+            for history in played.histories.values():
+                history.unlink(missing_ok=True)
+            raise
+        return played
+
+    def _run(self, world: str, built: Built, history: Path) -> Result:
+        if world == "sim":
+            from kvsim.run import run as simulate
+
+            return simulate(built, history=history)
+        from kvreal.run import run as run_for_real
+
+        return run_for_real(built, history=history, pool=self.pool)
+
+    def _compare(self, played: Played) -> compare.Comparison:
+        from kvmove.schedules import schedules
+
+        sim, real = played.results["sim"], played.results["real"]
+        return compare.Comparison(
+            compare.replayed({world: read(log) for world, log in played.histories.items()}),
+            compare.outcome(played.scenario.order, sim, real, lambda: schedules(played.built, self.budget)),
+            compare.times(sim, real),
+        )
+
+
+def _pool(transport: str) -> Pool:
     try:
-        for world in worlds:
-            history = log.with_name(f"{log.name}.{world}.jsonl")
-            played.histories[world] = history
-            doing = "simulating" if world == "sim" else "running for real"
-            started = time.perf_counter()
-            with progress(f"{doing}: {path}"):
-                result = _run(world, built, history, transport)
-            played.wall_s[world] = time.perf_counter() - started
-            played.results[world] = result
-            played.failures[world] = expectations(scenario, result)
-        if len(worlds) == 2:
-            with progress(f"comparing: {path}"):
-                played.comparison = _compare(played, budget)
-    except BaseException:
-        for history in played.histories.values():
-            history.unlink(missing_ok=True)
-        raise
-    return played
-
-
-def _run(world: str, built: Built, log: Path, transport: str) -> Result:
-    if world == "sim":
-        from kvsim.run import run as simulate
-
-        return simulate(built, history=log)
-    from kvreal.run import run as run_for_real
-
-    return run_for_real(built, history=log, transport=transport)
-
-
-def _compare(played: Played, budget: int) -> compare.Comparison:
-    sim, real = played.results["sim"], played.results["real"]
-    return compare.Comparison(
-        compare.replayed({world: read(log) for world, log in played.histories.items()}),
-        compare.outcome(played.scenario.order, sim, real, lambda: _schedules(played, budget)),
-        compare.times(sim, real),
-    )
-
-
-def _schedules(played: Played, budget: int) -> Iterator[Result]:
-    """Simulated runs that differ in when things happen: another seed each, with every delay jittered."""
-    from kvsim.run import run as simulate
-
-    for number in range(1, budget):
-        yield simulate(build(played.scenario, played.built.seed + number), jitter=True)
+        from kvreal.pool import Pool
+        from kvreal.transfer.base import TransferError
+    except ModuleNotFoundError as error:
+        raise RealUnavailable(
+            f"the real world cannot run here: {error.name} is not installed (pip install 'kvmove[real]')"
+        ) from None
+    try:
+        return Pool(transport)
+    except TransferError as error:
+        raise RealUnavailable(f"the real world cannot run here: {error}") from None

@@ -33,6 +33,8 @@ def print_run(screen: Console, played: Played, *, kept: bool) -> None:
             screen.print("  " + line, markup=False)
         if kept:
             screen.print(f"  history: {played.histories[world]}", markup=False)
+    if played.skipped:
+        screen.print(f"\n[bold]for real[/bold]: skipped: {played.skipped}")
     if played.comparison is not None:
         screen.print("\n[bold]compared[/bold]")
         print_comparison(screen, played.comparison)
@@ -40,7 +42,7 @@ def print_run(screen: Console, played: Played, *, kept: bool) -> None:
 
 
 def _carried(result: Result) -> str:
-    return f", bytes carried by {result.transport}" if result.transport else ""
+    return f", bytes carried by {result.transport}" if result.transport and result.world == "real" else ""
 
 
 def print_operations(screen: Console, result: Result) -> None:
@@ -161,6 +163,8 @@ def run_body(played: Played) -> dict[str, Any]:
     }
     if played.comparison is not None:
         body["comparison"] = played.comparison
+    if played.skipped:
+        body["skipped"] = played.skipped
     return body
 
 

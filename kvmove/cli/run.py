@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from kvmove import output
-from kvmove.errors import FAILED, UserError
+from kvmove.errors import BAD_INPUT, FAILED, UserError
 
 
 def run(
@@ -47,24 +47,23 @@ def run(
 
     Exit status: 0 all good, 1 a check or expectation failed or a run hung, 2 bad input or a world that cannot run here.
     """
-    from kvmove import report
-    from kvmove.play import Played, play, prepare
-
     worlds = ("sim", "real") if output.choice("--on", on, ("sim", "real", "both")) == "both" else (on,)
     output.choice("--transport", transport, ("auto", "nixl", "tcp"))
-    screen = output.console(to_stderr=json_out == "-")
     if json_out not in (None, "-") and not Path(json_out).absolute().parent.is_dir():
         raise UserError(f"--json {json_out}: there is no directory {Path(json_out).parent}")
-    prepared = [
-        prepare(path, sets or (), seed) for path in files
-    ]  # a mistake in the last file is told before the first runs
+
+    from kvmove import report
+    from kvmove.play import Played, Player, prepare
+
+    screen = output.console(to_stderr=json_out == "-")
+    # All files are read first: a mistake in the last one is told before the first one runs.
+    prepared = [prepare(path, sets or (), seed) for path in files]
     runs: list[Played] = []
     with ExitStack() as stack:
-        logs = (
-            _directory(history) if history else Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="kvmove-")))
-        )
+        logs = _directory(history) if history else _scratch(stack)
+        player = stack.enter_context(Player(worlds, transport=transport, progress=output.progress))
         for one, name in zip(prepared, _log_names(files)):
-            played = play(one, worlds, logs / name, transport=transport, progress=output.progress)
+            played = player.play(one, logs / name)
             report.print_run(screen, played, kept=bool(history))
             runs.append(played)
             if not history:
@@ -76,6 +75,12 @@ def run(
         report.print_summary(screen, runs)
     if not all(played.good for played in runs):
         raise typer.Exit(FAILED)
+    if any(played.skipped for played in runs):
+        raise typer.Exit(BAD_INPUT)
+
+
+def _scratch(stack: ExitStack) -> Path:
+    return Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="kvmove-")))
 
 
 def _log_names(files: list[str]) -> list[str]:

@@ -1,0 +1,98 @@
+"""Other simulated schedules of one scenario: the same steps and faults, with everything taking another while.
+
+What a racing scenario answers depends on who is first. A schedule draws each cost of the profile anew, delays some
+messages, and starts the background steps a little later; its number and the scenario's seed say all of that.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Iterator
+from typing import Any, Final
+
+import msgspec
+
+from kvcore.scenario.build import Built
+from kvcore.scenario.client import ClientSpec
+from kvcore.scenario.result import Result
+from kvcore.scenario.schema import Fault, When
+from kvcore.scenario.units import Duration
+from kvsim.costs import Profile
+from kvsim.run import run
+
+#: Each cost is multiplied by 2 to the power of something between minus this and this.
+OCTAVES: Final = 3.0
+#: Messages of which some are delayed: those whose order decides who wins.
+DELAYED: Final = (
+    "MoveRequest",
+    "Pin",
+    "Pinned",
+    "Fetch",
+    "Reserved",
+    "Committed",
+    "Release",
+    "Released",
+    "Fence",
+    "Fenced",
+    "Delta",
+    "Clear",
+    "CancelRequest",
+)
+DELAYS: Final = 6
+LONGEST_DELAY_NS: Final = 20_000_000
+LATEST_START_NS: Final = 5_000_000
+
+
+def schedules(built: Built, count: int) -> Iterator[Result]:
+    """Up to ``count`` results, the first one cheap to reproduce: ``schedule(built, 1)``."""
+    for number in range(1, count + 1):
+        yield schedule(built, number)
+
+
+def schedule(built: Built, number: int) -> Result:
+    draw = random.Random(f"{built.seed}/schedule/{number}")
+    return run(_delayed(_late(built, draw), draw), profile=_profile(draw))
+
+
+def _profile(draw: random.Random) -> Profile:
+    standard = Profile()
+    values: dict[str, Any] = {}
+    for name in Profile.__struct_fields__:
+        value = getattr(standard, name)
+        factor = 2 ** draw.uniform(-OCTAVES, OCTAVES)
+        if isinstance(value, int):
+            values[name] = round(value * factor)
+        elif isinstance(value, float):
+            values[name] = value * factor
+    return msgspec.structs.replace(standard, **values)
+
+
+def _late(built: Built, draw: random.Random) -> Built:
+    """Steps that do not wait for one another start within a few milliseconds, each time in another order."""
+    specs = []
+    for spec in built.specs:
+        if isinstance(spec, ClientSpec):
+            ops = [
+                msgspec.structs.replace(op, after_ns=op.after_ns + _short_ns(draw, LATEST_START_NS)) for op in spec.ops
+            ]
+            spec = msgspec.structs.replace(spec, ops=tuple(ops))
+        specs.append(spec)
+    return msgspec.structs.replace(built, specs=tuple(specs))
+
+
+def _delayed(built: Built, draw: random.Random) -> Built:
+    longest = min(LONGEST_DELAY_NS, built.config.retry_ns)
+    faults = tuple(
+        Fault(
+            when=When(sent=draw.choice(DELAYED), nth=draw.randint(1, 3)),
+            delay=Duration.of_ns(_short_ns(draw, longest)),
+        )
+        for _ in range(DELAYS)
+    )
+    return msgspec.structs.replace(built, faults=(*built.faults, *faults))
+
+
+def _short_ns(draw: random.Random, longest: int) -> int:
+    """Mostly little: all magnitudes from 1 us up are alike."""
+    return round(1000 * math.exp(draw.random() * math.log(longest / 1000)))

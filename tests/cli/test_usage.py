@@ -1,0 +1,137 @@
+"""How the command line answers wrong usage and bad input: one line on stderr, the right status, no traceback."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from kvmove.cli import call
+
+SCENARIO = """\
+name: twelve tokens
+instances:
+  a: {locations: {LocalCPUBackend: 1 GiB}}
+  b: {locations: {LocalCPUBackend: 1 GiB}}
+steps:
+  - store: {at: a/LocalCPUBackend, prompt: p, tokens: 12}
+  - move: {from: a/LocalCPUBackend, to: b/LocalCPUBackend, prompt: p, as: m}
+"""
+
+
+@pytest.fixture
+def scenario(tmp_path: Path) -> Path:
+    path = tmp_path / "twelve.yaml"
+    path.write_text(SCENARIO)
+    return path
+
+
+def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    """The one line that a wrong command gets."""
+    assert call(argv) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    lines = [line for line in err.splitlines() if line]
+    assert len(lines) == 1, err
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("argv", "part"),
+    [
+        (("runn",), "No such command 'runn'"),
+        (("run",), "Missing argument 'FILE...'"),
+        (("run", "x.yaml", "--onn", "sim"), "No such option: --onn"),
+        (("run", "x.yaml", "--seed", "seven"), "'seven' is not a valid int"),
+        (("run", "x.yaml", "--on", "reel"), "--on reel: expected one of sim, real, both; did you mean real?"),
+        (("run", "x.yaml", "--transport", "nixxl"), "expected one of auto, nixl, tcp; did you mean nixl?"),
+        (("run", "/no/such/file.yaml"), "/no/such/file.yaml"),
+        (("scenario", "check", "/no/such/file.yaml"), "/no/such/file.yaml"),
+        (("history", "/no/such/file.jsonl"), "/no/such/file.jsonl"),
+        (("search", "one-mov"), "did you mean one-move?"),
+        (("search", "--without", "h99"), "--without h99"),
+        (("protocol", "--format", "dott"), "did you mean dot?"),
+        (("protocol", "--machine", "sorce"), "did you mean source?"),
+    ],
+)
+def test_wrong_usage_is_one_line(capsys: pytest.CaptureFixture[str], argv: tuple[str, ...], part: str) -> None:
+    assert part in refused(capsys, *argv)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "place"),
+    [
+        ("tokens: 12", "tokns: 12", "twelve.yaml:6:45"),
+        ("to: b/Local", "to: c/Local", "twelve.yaml:7:"),
+        ("to: b/LocalCPU", "to: b/LocalGPU", "twelve.yaml:7:"),
+        ("1 GiB", "-1 GiB", "twelve.yaml:3:"),
+        ("1 GiB", "1 GiBs", "twelve.yaml:3:"),
+        ("steps:", "steps: [", "twelve.yaml:"),
+        ("instances:", "# instances:", "twelve.yaml"),
+    ],
+)
+def test_a_mistake_in_a_scenario_has_its_place(
+    capsys: pytest.CaptureFixture[str], scenario: Path, old: str, new: str, place: str
+) -> None:
+    scenario.write_text(SCENARIO.replace(old, new, 1))
+    line = refused(capsys, "run", str(scenario))
+    assert place in line
+    assert line.removeprefix("kvmove: ") == refused(capsys, "scenario", "check", str(scenario))
+
+
+def test_a_mistake_in_the_last_file_is_told_before_the_first_runs(
+    capsys: pytest.CaptureFixture[str], scenario: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "bad.yaml").write_text("name: [")
+    assert "bad.yaml" in refused(capsys, "run", str(scenario), str(tmp_path / "bad.yaml"))
+
+
+def test_a_wrong_override_is_named(capsys: pytest.CaptureFixture[str], scenario: Path) -> None:
+    assert "instances.c.ranks" in refused(capsys, "run", str(scenario), "--set", "instances.c.ranks=2")
+    assert "lease" in refused(capsys, "run", str(scenario), "--set", "constants.lease=12 parsecs")
+
+
+def test_an_unreadable_place_for_the_output_is_told_before_anything_runs(
+    capsys: pytest.CaptureFixture[str], scenario: Path
+) -> None:
+    assert "--json" in refused(capsys, "run", str(scenario), "--json", "/no/such/place/out.json")
+    assert "--history" in refused(capsys, "run", str(scenario), "--history", str(scenario))
+
+
+def test_check_goes_on_after_a_bad_file(capsys: pytest.CaptureFixture[str], scenario: Path, tmp_path: Path) -> None:
+    bad = tmp_path / "bad.yaml"
+    bad.write_text(SCENARIO.replace("name:", "nmae:"))
+    assert call(["scenario", "check", str(bad), str(scenario)]) == 2
+    out, err = capsys.readouterr()
+    assert out == f"{scenario}: ok: twelve tokens\n"
+    assert err.startswith(f"{bad}:1:1") and "did you mean 'name'?" in err
+
+
+def test_help_of_every_command_has_an_example(capsys: pytest.CaptureFixture[str]) -> None:
+    commands: list[tuple[str, ...]] = [("run",), ("history",), ("protocol",), ("search",), ("demo",)]
+    for command in [*commands, ("scenario", "check"), ("scenario", "schema")]:
+        assert call([*command, "--help"]) == 0
+        out, _ = capsys.readouterr()
+        assert "Example" in out and f"kvmove {' '.join(command)}" in out
+
+
+def test_help_imports_neither_world_nor_torch() -> None:
+    """So that it is quick, and works where only a part is installed."""
+    code = (
+        "import sys; from kvmove.cli import call; call(['--help']); call(['--version']);"
+        "print([name for name in ('simpy', 'zmq', 'torch', 'nixl', 'yaml', 'msgspec') if name in sys.modules])"
+    )
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+    assert "kvmove" in done.stdout and "core" in done.stdout or "pure Python" in done.stdout
+
+
+def test_a_closed_pipe_is_no_error() -> None:
+    command = f"{sys.executable} -m kvmove scenario schema | head -1"
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, env=env, check=True)
+    assert done.stdout == "{\n" and done.stderr == ""
