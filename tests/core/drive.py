@@ -7,8 +7,9 @@ from typing import Callable, Dict, List, Optional, Tuple
 import pytest
 
 from kvcore.protocol.config import Config, Rules
-from kvcore.protocol.machine import Begin, CopyDone, CopyStopped
+from kvcore.protocol.machine import Begin, CopyDone, CopyStopped, Effect, Received, TimerFired
 from kvcore.protocol.messages import (
+    NO_ID,
     Answer,
     Beat,
     CancelRequest,
@@ -70,9 +71,15 @@ class Story(World):
         ranks: int = 1,
         locations: Tuple[str, ...] = (CPU,),
         push: bool = False,
+        **constants: int,
     ) -> None:
         self.ops: int = 0
-        config = Config(rules=rules, push=push)
+        #: what a story is about, for tests that look at one machine: its event, reservation, process and node
+        self.event: int = 0
+        self.rid: Tuple[int, int] = NO_ID
+        self.who: Tuple[str, int] = ("", 0)
+        self.node: str = "ctl"
+        config = Config(rules=rules, push=push, **constants)  # type: ignore[arg-type]
         super().__init__(specs(instances or {"a": 4, "b": 4}, config, ranks, locations))
 
     # ---- what clients and engines do
@@ -130,6 +137,25 @@ class Story(World):
         return self.ask(LookupRequest(op, keys(text), lens(text)), op).found
 
     # ---- what the network and time do
+    def say(self, letter: Letter) -> List[Effect]:
+        """Deliver a message, and what its receiver does."""
+        self.fresh.pop(letter, None)
+        return self.give(letter[1], Received(letter[0], letter[2]))
+
+    def ever(self, kind: type, src: str = "") -> Letter:
+        """The first message of a type that was ever sent."""
+        return next(one for one in self.sent if isinstance(one[2], kind) and one[0].startswith(src))
+
+    def only(self, *types: type) -> None:
+        """Deliver messages of these types, and what they bring, and no others."""
+        while due := [one for one in self.fresh if isinstance(one[2], types)]:
+            self.deliver(due[0])
+
+    def due(self, node: str, when: int) -> List[Effect]:
+        """The alarm of a node rings at ``when``: whatever is due by then, and nothing else."""
+        self.now = when
+        return self.give(node, TimerFired(("none", 0, 0)))
+
     def hold(self, kind: type, dst: str = "") -> Letter:
         """Take a message that is under way out of the network; it may be delivered later, or never."""
         letter = next(one for one in self.fresh if isinstance(one[2], kind) and one[1].startswith(dst))
