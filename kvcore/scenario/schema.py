@@ -287,9 +287,9 @@ class When(Part, frozen=True, kw_only=True):
     """The anchor: exactly one of the first five. ``nth`` counts per sending node and life, from 1.
 
     ``sent``, ``received``: a message's name. ``started``: an effect's (StartCopy, StartFill...), a journal record's
-    (Begin, Decide...) or a step's. ``ended``: an answering input's (CopyDone, FillDone...) or a step's. ``at``: since the
-    workload began. ``by``: the node it happens at, a rank ``a/0``, an instance ``a``, ``ctl`` or ``client``; ``to``: whom
-    a message goes to (or comes from, if ``received``).
+    (Begin, Decide...) or a step's. ``ended``: an answering input's (CopyDone, FillDone...) or a step's. ``at``: since
+    the workload began. ``by``: the node it happens at, a rank ``a/0``, an instance ``a``, ``ctl`` or ``client``;
+    ``to``: whom a message goes to (or comes from, if ``received``).
     """
 
     sent: str = ""
@@ -508,6 +508,7 @@ class Scenario(Part, frozen=True, kw_only=True):
     """``order`` strict: both worlds must answer alike; racing: each real answer is one that some schedule gives.
 
     ``without``: rules of the protocol that are switched off, e.g. ``[h03]``. ``needs``: what the machine must have.
+    ``violates``: properties that are meant to break here (a rule is off, bytes are corrupted), and must.
     ``deadline``: a run that is not quiet by then hangs.
     """
 
@@ -526,6 +527,7 @@ class Scenario(Part, frozen=True, kw_only=True):
     steps: Tuple[Step, ...] = ()
     faults: Tuple[Fault, ...] = ()
     expect: Dict[str, Expect] = {}
+    violates: Tuple[str, ...] = ()
     deadline: Duration = Duration.parse("3 deadlines")
 
 
