@@ -43,12 +43,13 @@ class Operation(msgspec.Struct, gc=False, omit_defaults=True, forbid_unknown_fie
 
 
 class Violation(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A property of the protocol that did not hold at ``node`` at ``t`` ns."""
+    """A property of the protocol that did not hold at ``node`` at ``t`` ns; ``event`` 0: of none alone."""
 
     property: str
     node: str
     t: int
     text: str
+    event: int = 0
 
 
 class EventPhases(msgspec.Struct, frozen=True, gc=False, forbid_unknown_fields=True):
