@@ -1,0 +1,36 @@
+"""Pools of warm processes for the tests of the real world, and the promise that none of them outlives the tests."""
+
+from __future__ import annotations
+
+from typing import Iterator
+
+import pytest
+
+pytest.importorskip("zmq", reason="the real world is not installed: no pyzmq")
+pytest.importorskip("numpy", reason="the real world is not installed: no numpy")
+
+from kvreal.pool import Pool  # noqa: E402
+from kvreal.transfer import available  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def pool() -> Iterator[Pool]:
+    """The fastest transport that is installed here."""
+    with Pool("auto") as found:
+        yield found
+    assert not [host for host in found.all if host.process.poll() is None]
+
+
+@pytest.fixture(scope="session")
+def tcp_pool() -> Iterator[Pool]:
+    with Pool("tcp") as found:
+        yield found
+
+
+@pytest.fixture(params=["nixl", "tcp"])
+def transport(request: pytest.FixtureRequest) -> str:
+    """Each transport; one that is not installed is skipped by name."""
+    name: str = request.param
+    if name not in available():
+        pytest.skip(f"transport {name} is not installed here")
+    return name
