@@ -104,8 +104,8 @@ def _tell(screen: Console, played: Played) -> None:
 
 def _answers(played: Played) -> object:
     """What was asked, and what each world answered."""
-    headings = {"sim": "answer in simulation", "real": "answer for real"}
-    table = grid("step", "what was asked", *(headings[world] for world in played.results))
+    headings = {"sim": "answered in simulation", "real": "for real"}
+    table = grid("step", "asked", *(headings[world] for world in played.results))
     by_world = {world: {one.op: one for one in result.operations} for world, result in played.results.items()}
     first = next(iter(played.results.values()))
     for operation in first.operations:
@@ -114,7 +114,7 @@ def _answers(played: Played) -> object:
         answers = [_answer(found.get(operation.op)) for found in by_world.values()]
         if len(answers) == 2 and answers[0] == answers[1]:
             answers[1] = "the same"
-        table.add_row(operation.op, operation.text or operation.what, *answers)
+        table.add_row(operation.op, f"{operation.what} {operation.text}".strip(), *answers)
     return table
 
 
@@ -148,7 +148,10 @@ def _facts(played: Played) -> list[tuple[str, str]]:
 def _bytes(real: Result) -> str:
     moved = sum(one.bytes for one in real.phases)
     checked = real.metrics.get("bytes_checked", 0)
-    return f"{size(moved)} moved, carried by {real.transport}; {size(int(checked))} compared, byte for byte, on arrival"
+    return (
+        f"{size(moved)} moved, carried by {real.transport}; {size(int(checked))} compared byte for byte at the end,"
+        " by the process that holds them"
+    )
 
 
 def _phases_explained() -> str:

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 #: Columns assumed where there is no terminal to ask: nothing is cut in a pipe.
 PIPE_WIDTH: Final = 120
+#: Choices that an error lists.
+LISTED: Final = 14
 
 
 def console(*, to_stderr: bool = False) -> Console:
@@ -99,4 +101,5 @@ def choice(option: str, given: str, allowed: Sequence[str]) -> str:
         return given
     near = difflib.get_close_matches(given, allowed, n=1)
     hint = f"; did you mean {near[0]}?" if near else ""
-    raise UserError(f"{option} {given}: expected one of {', '.join(allowed)}{hint}")
+    listed = ", ".join(allowed) if len(allowed) <= LISTED else ", ".join([*allowed[:LISTED], "..."])
+    raise UserError(f"{option} {given}: expected one of {listed}{hint}")

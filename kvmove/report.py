@@ -102,7 +102,7 @@ def verdicts(played: Played, world: str) -> Iterator[str]:
         yield from ("    " + line for line in evidence.of_violation(played.histories[world], violation))
     for failure in played.failures[world]:
         yield f"EXPECTED {failure}"
-        yield from ("    " + line for line in evidence.of_failure(played.histories[world], result, failure))
+        yield from ("    " + line for line in evidence.of_failure(played.histories[world], failure))
 
 
 def print_comparison(screen: Console, comparison: Comparison) -> None:

@@ -6,6 +6,7 @@ only a part is installed.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from typing import Annotated, Final
@@ -13,7 +14,7 @@ from typing import Annotated, Final
 import typer
 
 from kvmove.cli import demo, history, protocol, run, scenario, search
-from kvmove.errors import BAD_INPUT, INTERRUPTED, line_for
+from kvmove.errors import BAD_INPUT, GOOD, INTERRUPTED, line_for
 
 EPILOG: Final = """Start here: `kvmove demo`, then `kvmove run scenarios/smoke/move.yaml --on both`.
 Exit status: 0 all good, 1 a check or expectation failed, 2 bad input or a world that cannot run here, 130 Ctrl-C."""
@@ -70,12 +71,13 @@ def call(argv: Sequence[str] | None = None) -> int:
     """``main`` without the exit: the status."""
     try:
         status = app(args=None if argv is None else list(argv), prog_name="kvmove", standalone_mode=False)
+        sys.stdout.flush()
     except (KeyboardInterrupt, typer.Abort):
-        print("kvmove: interrupted", file=sys.stderr)
-        return INTERRUPTED
-    except BrokenPipeError:  # `kvmove history FILE | head`
-        sys.stderr.close()
-        return 0
+        status = INTERRUPTED
+    except BrokenPipeError:
+        return _nobody_reads()
+    except SystemExit as exit_:  # what typer makes of a broken pipe that it sees itself
+        return _nobody_reads() if exit_.code == 1 else int(exit_.code or 0)
     except _USAGE_ERROR as error:
         return _usage(error)
     except Exception as error:
@@ -84,7 +86,15 @@ def call(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"kvmove: {line}", file=sys.stderr)
         return BAD_INPUT
-    return status if isinstance(status, int) else 0
+    if status == INTERRUPTED:
+        print("kvmove: interrupted", file=sys.stderr)
+    return status if isinstance(status, int) else GOOD
+
+
+def _nobody_reads() -> int:
+    """``kvmove history FILE | head``: what is still to be written goes nowhere, and that is no error."""
+    sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    return GOOD
 
 
 def _usage(error: Exception) -> int:

@@ -107,4 +107,7 @@ def _write(target: str, data: bytes) -> None:
         sys.stdout.buffer.write(data + b"\n")
         sys.stdout.buffer.flush()
     else:
-        Path(target).write_bytes(data + b"\n")
+        try:
+            Path(target).write_bytes(data + b"\n")
+        except OSError as error:
+            raise UserError(f"--json {target}: {error.strerror}") from None

@@ -8,8 +8,8 @@ import pytest
 
 pytest.importorskip("kvcore.scenario.build")
 
-from kvcore.scenario.result import EventPhases, Operation, Result  # noqa: E402
-from kvmove import compare  # noqa: E402
+from kvcore.scenario.result import EventPhases, Operation, Result
+from kvmove import compare
 
 
 def operation(op: str, state: str = "done", num_tokens: int = 12, reason: str = "", took_ns: int = 1000) -> Operation:
