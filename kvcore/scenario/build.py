@@ -17,6 +17,7 @@ from kvcore.protocol.messages import Key, Location, Namespace
 from kvcore.protocol.worker import Worker
 from kvcore.scenario.client import Client, ClientSpec
 from kvcore.scenario.compile import BuildError, Compiler
+from kvcore.scenario.generate import expand
 from kvcore.scenario.prompts import PromptError, PromptKeys, Prompts, PromptText
 from kvcore.scenario.schema import CLIENT, CONTROLLER, Expect, Fault, Instance, Network, Scenario, config_of
 from kvcore.scenario.units import dec_hook, enc_hook
@@ -84,10 +85,11 @@ def make_machine(spec: AnySpec) -> Machine:
 
 
 def build(scenario: Scenario, seed: Optional[int] = None) -> Built:
-    """Compile. ``seed`` replaces the scenario's. BuildError (one line) for what cannot be."""
+    """Compile; a workload's steps are drawn first. ``seed`` replaces the scenario's. BuildError (one line) for what
+    cannot be."""
     try:
         config = config_of(scenario)
-        return _build(scenario, scenario.seed if seed is None else seed, config)
+        return _build(expand(scenario, seed), scenario.seed if seed is None else seed, config)
     except (ConfigError, PromptError) as error:
         raise BuildError(f"{scenario.name}: {error}") from error
 
@@ -98,7 +100,7 @@ def _build(scenario: Scenario, seed: int, config: Config) -> Built:
     own = {name: _namespace(scenario, name) for name in scenario.instances}
     common = Counter(own.values()).most_common(1)[0][0]
     prompts = _prompts(scenario)
-    compiler = Compiler(scenario, seed, config, own, common, prompts)
+    compiler = Compiler(scenario, config, own, common, prompts)
     ops = compiler.ops()
     workers = _workers(scenario, config, own)
     named = compiler.named_prompts()

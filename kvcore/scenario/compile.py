@@ -35,14 +35,12 @@ class Compiler:
     def __init__(
         self,
         scenario: Scenario,
-        seed: int,
         config: Config,
         own: Mapping[str, Namespace],
         common: Namespace,
         prompts: Prompts,
     ) -> None:
         self.scenario: Scenario = scenario
-        self.seed: int = seed
         self.config: Config = config
         self.own: Mapping[str, Namespace] = own
         self.common: Namespace = common
@@ -159,7 +157,19 @@ class Compiler:
         timeout_ns = self._ns(body.timeout)
         if not timeout_ns and more_ns:
             timeout_ns = self.config.deadline_ns + 2 * self.config.lease_ns + more_ns
-        return Op(name, kind, text, requests, to, self._ns(body.after), body.background, timeout_ns, refers, sleep_ns)
+        return Op(
+            name,
+            kind,
+            text,
+            requests,
+            to,
+            self._ns(body.after),
+            body.background,
+            timeout_ns,
+            refers,
+            sleep_ns,
+            body.window,
+        )
 
     def _move(self, name: str, body: Any) -> Op:
         where = f"step {name}"

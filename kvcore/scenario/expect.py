@@ -41,7 +41,7 @@ def unmet(expect: Expect, operation: Operation) -> List[str]:
         ("promised", operation.promised),
     ):
         _one_of(lines, field, getattr(expect, field), got)
-    said = f"{operation.reason} {operation.detail}".strip()
+    said = f"{operation.reason} {operation.detail}" if operation.reason else ""
     _part_of(lines, "reason", expect.reason, said)
     if expect.why is not None:
         _part_of(lines, "why", expect.why, ", ".join(dict.fromkeys(one.why for one in operation.source)))
