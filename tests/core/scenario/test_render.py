@@ -59,7 +59,7 @@ def test_the_whole_of_a_move() -> None:
         "MoveRequest m",
         "Pin 1-1  cpu, 3 chunks, move",
         "Fetch 1-1  3 chunks of a/0",
-        "starts copy 1: ",
+        "a/0: filled",
     ):
         assert sum(part in line for line in text) == 1, part
     assert not any("LOST" in line or "Beat" in line for line in text)
