@@ -72,7 +72,7 @@ class Write:
 @final
 class Checker:
     """``content``: what is really in a slot; None where bytes are checked elsewhere. ``faults``: crashes, lost messages
-    and the like may happen, so Instance is not asked for."""
+    and the like may happen, so Instance is not asked for. A pickled copy has no ``content``: set its own."""
 
     def __init__(self, content: Optional[Content] = None, faults: bool = True) -> None:
         self.content: Optional[Content] = content
@@ -87,6 +87,10 @@ class Checker:
         #: key -> (instance, location) -> ranks that hold it; only without faults
         self.holders: Dict[Key, Dict[Place, int]] = {}
         self.said: Dict[Tuple[str, str, str], None] = {}
+
+    def __reduce__(self) -> Tuple[Callable[..., Checker], Tuple[Any, ...]]:
+        state = (self.violations, self.ghosts, self.shadows, self.cleared, self.writes, self.holders, self.said)
+        return _copied, (self.faults, *state)
 
     def say(self, prop: str, node: str, now: int, text: str, event: int = 0) -> None:
         """Each violation once, however long it lasts."""
@@ -466,3 +470,10 @@ def _said_committed(event: int, effects: Sequence[Effect]) -> int:
     """How many chunks the rank says it has committed."""
     sent = [effect.msg for effect in effects if type(effect) is Send]
     return max([m.n for m in sent if type(m) is Committed and m.event == event], default=0)
+
+
+def _copied(faults: bool, *state: Any) -> Checker:
+    checker = Checker(None, faults)
+    checker.violations, checker.ghosts, checker.shadows = state[:3]
+    checker.cleared, checker.writes, checker.holders, checker.said = state[3:]
+    return checker
