@@ -2,284 +2,105 @@
 
 These structs are the file's form field by field (``from``, ``as``, ``for`` and ``and`` are Python's own words and have
 other attribute names here). ``loader.py`` reads and writes YAML and gives every mistake its line; ``valid.py`` checks
-what spans several fields.
+what spans several fields. The parts: ``topology.py`` (what there is), ``steps.py`` (what is asked), and here the rest.
 """
 
 from __future__ import annotations
 
 from typing import Any, Dict, Final, Literal, Optional, Tuple, Union
 
-import msgspec
 from msgspec import field
 
 from kvcore.protocol.config import Config, ConfigError, Rules
-from kvcore.scenario.units import ChunkTokens, Duration, Rate, Size, Tokens
-
-#: Bytes of KV a token of known models, all layers and all ranks, in bfloat16: 2 x layers x KV heads x head size x 2.
-MODELS: Final[Dict[str, int]] = {
-    "llama-3.1-8b": 2 * 32 * 8 * 128 * 2,
-    "llama-3.1-70b": 2 * 80 * 8 * 128 * 2,
-    "llama-3.2-1b": 2 * 16 * 8 * 64 * 2,
-    "mistral-7b": 2 * 32 * 8 * 128 * 2,
-    "qwen2.5-7b": 2 * 28 * 4 * 128 * 2,
-    "qwen3-8b": 2 * 36 * 8 * 128 * 2,
-    "qwen3-32b": 2 * 64 * 8 * 128 * 2,
-}
-
-CONTROLLER: Final = "ctl"
-CLIENT: Final = "client"
-
-
-class Part(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True, kw_only=True):
-    """Base of everything in a scenario."""
-
-
-# ---- what there is --------------------------------------------------------------------------------------------------
-class Kv(Part, frozen=True, kw_only=True):
-    """What KV is made of. ``direction``: the destination reads the bytes, or the source pushes them."""
-
-    model: str = "llama-3.1-8b"
-    chunk: ChunkTokens = ChunkTokens(256)
-    bytes_per_token: Optional[Size] = None
-    """Of all ranks together; each holds its share. Known models need not say it."""
-    dtype: str = "bfloat16"
-    layout: str = "layers-first"
-    weights: str = ""
-    direction: Literal["read", "push"] = "read"
-
-    @property
-    def chunk_tokens(self) -> int:
-        return self.chunk.number
-
-    @property
-    def token_bytes(self) -> int:
-        """Bytes of a token's KV over all ranks. KeyError for a model that is not known."""
-        return self.bytes_per_token.bytes if self.bytes_per_token is not None else MODELS[self.model]
-
-
-class Constants(Part, frozen=True, kw_only=True):
-    """The protocol's constants. ``scale`` multiplies all that are not given, so that faults need not take minutes."""
-
-    scale: float = 1.0
-    retry: Optional[Duration] = None
-    lease: Optional[Duration] = None
-    renew: Optional[Duration] = None
-    retain: Optional[Duration] = None
-    stop_retry: Optional[Duration] = None
-    beat: Optional[Duration] = None
-    dead: Optional[Duration] = None
-    release_give_up: Optional[Duration] = None
-    copy_max: Optional[Duration] = None
-    deadline: Optional[Duration] = None
-    hold: Optional[Duration] = None
-    events_kept_for: Optional[Duration] = None
-    events_kept: Optional[int] = None
-
-
-class Prompt(Part, frozen=True, kw_only=True):
-    """A token sequence: its ``ids`` literally, or ``tokens`` generated ones that follow from its name alone.
-
-    ``shares``: the first N tokens equal those of that prompt. ``adapter`` and ``salt`` are part of its keys.
-    """
-
-    tokens: Optional[Tokens] = None
-    ids: Tuple[int, ...] = ()
-    shares: Dict[str, int] = {}
-    adapter: str = ""
-    salt: str = ""
-
-
-class Link(Part, frozen=True, kw_only=True):
-    bandwidth: Optional[Rate] = None
-    latency: Optional[Duration] = None
-
-
-class LocationSpec(Part, frozen=True, kw_only=True):
-    """``LocalCPUBackend: 2 GiB`` is short for ``{size: 2 GiB}``. The size is of all ranks together."""
-
-    size: Size
-    bandwidth: Optional[Rate] = None
-    latency: Optional[Duration] = None
-
-
-class Instance(Part, frozen=True, kw_only=True):
-    """A serving instance of ``ranks`` tensor-parallel processes.
-
-    ``id``: the name it claims at the controller, if not its own. ``namespace``: fields that differ here.
-    """
-
-    ranks: int = 1
-    locations: Dict[str, LocationSpec] = {}
-    id: str = ""
-    namespace: Dict[str, Union[str, int]] = {}
-    switch: str = ""
-    nic: Optional[Link] = None
-
-
-class Switch(Part, frozen=True, kw_only=True):
-    """``uplink``: the switch above it; ``bandwidth`` and ``latency`` are of that uplink. The switches form a tree."""
-
-    uplink: str = ""
-    bandwidth: Optional[Rate] = None
-    latency: Optional[Duration] = None
-
-
-class Network(Part, frozen=True, kw_only=True):
-    """``profile``: a measured cost profile. ``nic``: of every instance that has none of its own. ``links``: ``a-b``."""
-
-    profile: str = ""
-    nic: Optional[Link] = None
-    links: Dict[str, Link] = {}
-    switches: Dict[str, Switch] = {}
-
-
-# ---- what is asked --------------------------------------------------------------------------------------------------
-class Body(Part, frozen=True, kw_only=True):
-    """What every step may say besides: its name, a wait before it, whether the next step waits for its end (background:
-    it does not). ``window``: it is issued only while fewer steps than that are open."""
-
-    name: str = field(default="", name="as")
-    after: Optional[Duration] = None
-    background: bool = False
-    window: int = 0
-    timeout: Optional[Duration] = None
-
-
-class Store(Body, frozen=True, kw_only=True):
-    """An engine stores a prompt's KV. A prompt that nothing declares needs ``tokens`` here."""
-
-    at: str
-    prompt: str
-    tokens: Optional[Tokens] = None
-
-
-class Move(Body, frozen=True, kw_only=True):
-    """``prompt`` (its first ``tokens``), or ``all: true``: everything there, a drain. ``if_room``: evict nothing."""
-
-    src: str = field(name="from")
-    dst: str = field(name="to")
-    prompt: str = ""
-    tokens: Optional[Tokens] = None
-    all: bool = False
-    copy: bool = False
-    idem: str = ""
-    deadline: Optional[Duration] = None
-    if_room: bool = False
-
-
-class Lookup(Body, frozen=True, kw_only=True):
-    prompt: str
-    tokens: Optional[Tokens] = None
-
-
-class Use(Body, frozen=True, kw_only=True):
-    """An engine loads the longest prefix it holds, reading its bytes for at least ``hold``."""
-
-    at: str
-    prompt: str
-    tokens: Optional[Tokens] = None
-    hold: Optional[Duration] = None
-
-
-class UserPin(Body, frozen=True, kw_only=True):
-    """A user's pin, until its ``unpin`` or the end of its lease."""
-
-    at: str
-    prompt: str
-    tokens: Optional[Tokens] = None
-    lease: Optional[Duration] = None
-
-
-class Unpin(Body, frozen=True, kw_only=True):
-    """``pin``: the name of the pin step."""
-
-    pin: str
-
-
-class Clear(Body, frozen=True, kw_only=True):
-    at: str
-
-
-class Cancel(Body, frozen=True, kw_only=True):
-    """``op``: the name of a move step."""
-
-    op: str
-
-
-class Status(Body, frozen=True, kw_only=True):
-    """The state of a step's event, by its idempotency key if ``idem``; ``wait``: answered once it has ended."""
-
-    op: str = ""
-    idem: str = ""
-    wait: bool = False
-
-
-class Settle(Body, frozen=True, kw_only=True):
-    """Wait until all is quiet: nothing pending anywhere, no message in flight."""
-
-
-class Sleep(Body, frozen=True, kw_only=True):
-    duration: Duration = field(name="for")
-
-
-class Wait(Body, frozen=True, kw_only=True):
-    """Wait for the end of background steps: ``op``, or all before it."""
-
-    op: Union[str, Tuple[str, ...]] = ()
-
-    @property
-    def ops(self) -> Tuple[str, ...]:
-        return (self.op,) if isinstance(self.op, str) else self.op
-
-
-class Fill(Body, frozen=True, kw_only=True):
-    """Pressure: ``slots`` chunks (or ``tokens``) of distinct prompts, ``each`` so long, called ``prefix-N``."""
-
-    at: str
-    slots: int = 0
-    tokens: Optional[Tokens] = None
-    each: Tokens = Tokens(1, chunks=True)
-    prefix: str = "fill"
-
-
-class Step(Part, frozen=True, kw_only=True):
-    """Exactly one kind. ``- move: {from: a/LocalCPUBackend, to: b/LocalCPUBackend, prompt: p, as: m}``."""
-
-    store: Optional[Store] = None
-    move: Optional[Move] = None
-    lookup: Optional[Lookup] = None
-    use: Optional[Use] = None
-    pin: Optional[UserPin] = None
-    unpin: Optional[Unpin] = None
-    clear: Optional[Clear] = None
-    cancel: Optional[Cancel] = None
-    status: Optional[Status] = None
-    settle: Optional[Settle] = None
-    sleep: Optional[Sleep] = None
-    wait: Optional[Wait] = None
-    fill: Optional[Fill] = None
-
-    @property
-    def kind(self) -> str:
-        """Which of them it is; "" for none."""
-        for name in STEP_KINDS:
-            if getattr(self, name) is not None:
-                return name
-        return ""
-
-    @property
-    def body(self) -> Body:
-        body = getattr(self, self.kind)
-        assert isinstance(body, Body)
-        return body
-
-
-STEP_KINDS: Final[Tuple[str, ...]] = Step.__struct_fields__
-
-
-def step_names(steps: Tuple[Step, ...]) -> Tuple[str, ...]:
-    """What each step is called: its ``as``, else its kind and number, counted from 1: ``move-2``."""
-    return tuple([step.body.name or f"{step.kind}-{i + 1}" for i, step in enumerate(steps)])
+from kvcore.scenario.steps import (
+    STEP_KINDS,
+    Body,
+    Cancel,
+    Clear,
+    Fill,
+    Lookup,
+    Move,
+    Settle,
+    Sleep,
+    Status,
+    Step,
+    Store,
+    Unpin,
+    Use,
+    UserPin,
+    Wait,
+    step_names,
+)
+from kvcore.scenario.topology import (
+    CLIENT,
+    CONTROLLER,
+    MODELS,
+    Constants,
+    Instance,
+    Kv,
+    Link,
+    LocationSpec,
+    Network,
+    Part,
+    Prompt,
+    Switch,
+)
+from kvcore.scenario.units import Duration, Tokens
+
+__all__ = [
+    "ANCHORS",
+    "CLIENT",
+    "CONSTANT_OF",
+    "CONTROLLER",
+    "FAULT_KINDS",
+    "MODELS",
+    "NAMESPACE_FIELDS",
+    "STEP_KINDS",
+    "Arrival",
+    "Between",
+    "Body",
+    "Cancel",
+    "Clear",
+    "Constants",
+    "CopyFault",
+    "CrashFault",
+    "Expect",
+    "Fault",
+    "Fill",
+    "FullFault",
+    "Instance",
+    "Kv",
+    "Lengths",
+    "Link",
+    "LocationSpec",
+    "LogNormal",
+    "Lookup",
+    "Move",
+    "NamespaceFault",
+    "Network",
+    "Part",
+    "PartitionFault",
+    "PauseFault",
+    "Prompt",
+    "Scenario",
+    "Settle",
+    "SharedPrefix",
+    "Sleep",
+    "SlowFault",
+    "Status",
+    "Step",
+    "Store",
+    "Switch",
+    "Unpin",
+    "Use",
+    "UserPin",
+    "Wait",
+    "When",
+    "Workload",
+    "Zipfian",
+    "config_of",
+    "step_names",
+]
 
 
 # ---- what goes wrong ------------------------------------------------------------------------------------------------
