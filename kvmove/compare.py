@@ -11,14 +11,13 @@ Four parts, of which the first three are asserted and the last is only reported:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from itertools import zip_longest
+from collections.abc import Callable, Iterable, Iterator
 from typing import Final
 
 import msgspec
 
-from kvcore.scenario.history import Header, Line, Replayed, replay
 from kvcore.scenario.result import EventPhases, Operation, Result
+from kvmove.examine import Replay
 
 PHASES: Final = ("control", "queue", "copy", "commit")
 #: Simulated schedules that a racing answer is looked for in, before it counts as one that none gives.
@@ -27,14 +26,6 @@ BUDGET: Final = 200
 Answer = tuple[str, int, str]
 """(state, num_tokens, reason) of an operation: what an outcome is compared by."""
 Placement = dict[str, dict[str, int]]
-
-
-class Replay(msgspec.Struct, frozen=True):
-    """``nodes``: inputs replayed a node, ``world/address``. ``differs``: the first unequal step of each bad node."""
-
-    equal: bool
-    nodes: dict[str, int]
-    differs: tuple[str, ...] = ()
 
 
 class Outcome(msgspec.Struct, frozen=True):
@@ -72,34 +63,6 @@ class Comparison(msgspec.Struct, frozen=True):
     @property
     def equal(self) -> bool:
         return self.replay.equal and self.outcome.equal
-
-
-# ---- replay ---------------------------------------------------------------------------------------------------------
-def replayed(histories: Mapping[str, tuple[Header, Iterable[Line]]]) -> Replay:
-    """``histories``: by world. Each node's inputs go through a fresh machine; its effects must be those recorded."""
-    nodes: dict[str, int] = {}
-    differs: dict[str, str] = {}
-    for world, (header, lines) in histories.items():
-        for step in replay(header, lines):
-            name = f"{world}/{step.line.node}"
-            nodes[name] = nodes.get(name, 0) + 1
-            if not step.equal and name not in differs:
-                differs[name] = f"{name}: {_difference(step)}"
-    return Replay(not differs, nodes, tuple(differs.values()))
-
-
-def _difference(step: Replayed) -> str:
-    """The first effect that differs, short enough for a line."""
-    line = step.line
-    was, now = next(
-        ((was, now) for was, now in zip_longest(line.out, step.effects) if was != now), (None, None)
-    )  # fmt: skip
-    return f"at {line.t} ns on {_short(line.input)}: recorded {_short(was)}, replayed {_short(now)}"
-
-
-def _short(thing: object) -> str:
-    text = "nothing" if thing is None else str(thing)
-    return text if len(text) <= 200 else text[:197] + "..."
 
 
 # ---- outcome --------------------------------------------------------------------------------------------------------

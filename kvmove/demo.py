@@ -97,6 +97,8 @@ def _tell(screen: Console, played: Played) -> None:
         for world in played.results:
             for line in report.verdicts(played, world):
                 screen.print("  " + line, markup=False)
+        if played.replay is not None:
+            report.print_replay(screen, played.replay)
         if played.comparison is not None:
             report.print_comparison(screen, played.comparison)
     screen.print()

@@ -20,6 +20,7 @@ from kvcore.scenario.result import Result
 from kvcore.scenario.schema import Scenario
 from kvmove import compare
 from kvmove.errors import RealUnavailable
+from kvmove.examine import Replay, examine, replayed
 
 if TYPE_CHECKING:
     from kvreal.pool import Pool
@@ -40,7 +41,8 @@ class Prepared(msgspec.Struct):
 
 class Played(msgspec.Struct):
     """One scenario, played. ``results``, ``failures`` (of expectations), ``histories`` and ``wall_s`` are by world.
-    ``skipped``: why it was not played for real, though that was asked; empty if it was."""
+    ``skipped``: why it was not played for real, though that was asked; empty if it was. ``replay``: of every history,
+    where one is real."""
 
     path: str
     scenario: Scenario
@@ -51,12 +53,14 @@ class Played(msgspec.Struct):
     wall_s: dict[str, float] = {}
     comparison: compare.Comparison | None = None
     skipped: str = ""
+    replay: Replay | None = None
 
     @property
     def good(self) -> bool:
         """No violation, no hang, every expectation met, both worlds equal where both were asked."""
         clean = all(not result.violations and not result.hung for result in self.results.values())
-        return clean and not any(self.failures.values()) and (self.comparison is None or self.comparison.equal)
+        equal = self.comparison is None or self.comparison.equal
+        return clean and equal and not any(self.failures.values()) and (self.replay is None or self.replay.equal)
 
 
 def silent(_what: str) -> AbstractContextManager[None]:
@@ -116,9 +120,9 @@ class Player:
                     played.wall_s[world] = time.perf_counter() - started
                 played.results[world] = result
                 played.failures[world] = expectations(scenario, result)
-            if len(played.results) == 2:
+            if "real" in played.results:
                 with self.progress(f"comparing: {path}"):
-                    played.comparison = self._compare(played)
+                    self._compare(played)
         except BaseException:
             for history in played.histories.values():
                 history.unlink(missing_ok=True)
@@ -134,15 +138,20 @@ class Player:
 
         return run_for_real(built, history=history, pool=self.pool)
 
-    def _compare(self, played: Played) -> compare.Comparison:
+    def _compare(self, played: Played) -> None:
+        """Replay and check what happened for real; hold it against the simulation, if there is one."""
+        real = played.results["real"]
+        replay, violations = examine(*read(played.histories["real"]), quiet=not real.hung)
+        real.violations.extend(violations)
+        played.replay = replay
+        if "sim" not in played.results:
+            return
         from kvmove.schedules import schedules
 
-        sim, real = played.results["sim"], played.results["real"]
-        return compare.Comparison(
-            compare.replayed({world: read(log) for world, log in played.histories.items()}),
-            compare.outcome(played.scenario.order, sim, real, lambda: schedules(played.built, self.budget)),
-            compare.times(sim, real),
-        )
+        sim = played.results["sim"]
+        played.replay = replay = replayed(*read(played.histories["sim"])) + replay
+        outcome = compare.outcome(played.scenario.order, sim, real, lambda: schedules(played.built, self.budget))
+        played.comparison = compare.Comparison(replay, outcome, compare.times(sim, real))
 
 
 def _pool(transport: str) -> Pool:

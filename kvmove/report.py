@@ -10,6 +10,7 @@ import msgspec
 from kvcore.scenario.result import Operation, Result
 from kvmove import evidence
 from kvmove.compare import Comparison, answer, answer_text
+from kvmove.examine import Replay
 from kvmove.output import duration, grid, percent, plural
 
 if TYPE_CHECKING:
@@ -35,8 +36,10 @@ def print_run(screen: Console, played: Played, *, kept: bool) -> None:
             screen.print(f"  history: {played.histories[world]}", markup=False)
     if played.skipped:
         screen.print(f"\n[bold]for real[/bold]: skipped: {played.skipped}")
-    if played.comparison is not None:
+    if played.replay is not None:
         screen.print("\n[bold]compared[/bold]")
+        print_replay(screen, played.replay)
+    if played.comparison is not None:
         print_comparison(screen, played.comparison)
     screen.print("[bold green]ok[/bold green]\n" if played.good else "[bold red]FAILED[/bold red]\n")
 
@@ -105,13 +108,16 @@ def verdicts(played: Played, world: str) -> Iterator[str]:
         yield from ("    " + line for line in evidence.of_failure(played.histories[world], failure))
 
 
-def print_comparison(screen: Console, comparison: Comparison) -> None:
-    replay, outcome = comparison.replay, comparison.outcome
+def print_replay(screen: Console, replay: Replay) -> None:
     steps = sum(replay.nodes.values())
     equal = "equal effects, each time" if replay.equal else "effects DIFFER"
     screen.print(f"  replay: {steps:,} inputs of {plural(len(replay.nodes), 'node')} through fresh machines: {equal}")
     for line in replay.differs:
         screen.print("    " + line, markup=False)
+
+
+def print_comparison(screen: Console, comparison: Comparison) -> None:
+    outcome = comparison.outcome
     if outcome.order == "strict":
         verdict = "equal answers, equal final placement" if outcome.equal else "answers or placement DIFFER"
         screen.print(f"  outcome: {verdict}")
@@ -163,6 +169,8 @@ def run_body(played: Played) -> dict[str, Any]:
     }
     if played.comparison is not None:
         body["comparison"] = played.comparison
+    elif played.replay is not None:
+        body["comparison"] = {"replay": played.replay}
     if played.skipped:
         body["skipped"] = played.skipped
     return body
