@@ -131,10 +131,12 @@ class Controller(Machine):
 
     def handle(self, now: int, item: Input) -> List[Effect]:
         out: List[Effect] = []
+        ran: List[TimerName] = []
         heap = self.timers.heap
         if heap and heap[0][0] <= now and self.spec.config.rules.h37:
             name = self.timers.pop_due(now)
             while name is not None:
+                ran.append(name)
                 self.on_timer[name[0]](now, name, out)
                 name = self.timers.pop_due(now)
         kind = type(item)
@@ -147,7 +149,8 @@ class Controller(Machine):
                 out.append(Note("unexpected", 0, f"{type(message).__name__} from {item.src}"))  # type: ignore[union-attr]
         elif kind is TimerFired:
             fired = item.name  # type: ignore[union-attr]
-            if self.timers.armed(fired):
+            # One that was due has run already, and is armed again if it is periodic.
+            if fired not in ran and self.timers.armed(fired):
                 self.timers.cancel(fired)
                 self.on_timer[fired[0]](now, fired, out)
         elif kind is Boot:
@@ -273,6 +276,11 @@ class Controller(Machine):
         if old is not None:
             # Under another address it may be another process, and the old one merely not heard of.
             self._out(now, old, "restarted" if old.address == rank.address else "replaced", out)
+        who = (rank.register.instance, rank.register.rank)
+        probing = self.probing.get(who)
+        if probing is not None and probing.register.nonce == rank.register.nonce:
+            # A double of the Register that it once sent: the claim is settled, and must not bring a second epoch.
+            self._probed(who, probing)
         self.registry.believe(now, rank)
         self.timers.set(("dead", rank.number, 0), now + self.spec.config.dead_ns)
         out.append(Note("believed", rank.epoch, rank.address))

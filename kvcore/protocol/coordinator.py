@@ -424,7 +424,7 @@ class Coordinator:
         event = self.events.get(m.event)
         if event is None or event.state == RELEASING:
             return
-        detail = f"{src}: have {m.have or m.inc}, want {m.want}" if m.have or m.want else src
+        detail = f"{src}: have {m.have or m.inc}, want {m.want}" if m.want else f"{src}: {m.have}" if m.have else src
         if m.of == "Pin":
             if event.state == PINNING and src in event.src:
                 self.fail(now, event, m.why, out, detail)

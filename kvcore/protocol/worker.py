@@ -152,15 +152,17 @@ class Worker(Machine):
 
     def handle(self, now: int, item: Input) -> List[Effect]:
         out: List[Effect] = []
+        ran: List[TimerName] = []
         heap = self.timers.heap
         if heap and heap[0][0] <= now and self.spec.config.rules.h37:
-            self._overdue(now, out)
+            self._overdue(now, ran, out)
         kind = type(item)
         if kind is Received:
             self._received(now, item.src, item.msg, out)  # type: ignore[union-attr]
         elif kind is TimerFired:
             name = item.name  # type: ignore[union-attr]
-            if self.timers.armed(name):
+            # One that was due has run already, and is armed again if it is periodic.
+            if name not in ran and self.timers.armed(name):
                 self.timers.cancel(name)
                 self.on_timer[name[0]](now, name, out)
         else:
@@ -174,10 +176,11 @@ class Worker(Machine):
                 out.insert(0, Send(self.spec.controller, pool.delta()))
         return out
 
-    def _overdue(self, now: int, out: List[Effect]) -> None:
+    def _overdue(self, now: int, ran: List[TimerName], out: List[Effect]) -> None:
         """Every deadline that has passed runs before the input: a paused node finds its leases ended (H37)."""
         name = self.timers.pop_due(now)
         while name is not None:
+            ran.append(name)
             self.on_timer[name[0]](now, name, out)
             name = self.timers.pop_due(now)
 
