@@ -32,6 +32,7 @@ class Fabric:
         self.flows: Dict[int, Flow] = {}
         self.last_fid: int = 0
         self.last_stamp: int = 0
+        self.latent: bool = False  # some link has a latency
         self.dirty: List[Link] = []
         self.solver: Solver = Solver()
 
@@ -41,6 +42,7 @@ class Fabric:
             raise ValueError(f"link {name}: {bytes_per_s} bytes/s, {latency_ns} ns; expected above 0, not below 0")
         link = Link(len(self.links), name, bytes_per_s / 1e9, latency_ns)
         self.links.append(link)
+        self.latent = self.latent or latency_ns > 0
         return link
 
     def start(
@@ -56,8 +58,9 @@ class Fabric:
         self.flows[fid] = flow
         loop = self.loop
         joins_ns = loop.now_ns + after_ns
-        for link in path:
-            joins_ns += link.latency_ns
+        if self.latent:
+            for link in path:
+                joins_ns += link.latency_ns
         if joins_ns > loop.now_ns:
             loop.at(joins_ns, self._join, flow, None)
         else:

@@ -12,7 +12,7 @@ from typing import Dict, List, Mapping, Optional, Tuple, final
 
 from kvcore.protocol.config import Config, WorkerSpec
 from kvcore.scenario import schema
-from kvcore.scenario.build import Built
+from kvcore.scenario.build import AnySpec, Built
 from kvcore.scenario.units import Duration
 from kvsim.costs import Profile
 from kvsim.fabric import Fabric
@@ -26,8 +26,9 @@ Path = Tuple[Tuple[Link, ...], int, float]
 class Site:
     """An instance's attachment: ``out`` and ``inward`` are its NIC's two sides, ``trunk`` the switches above it."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, somewhere: bool = True) -> None:
         self.name: str = name
+        self.somewhere: bool = somewhere
         self.out: Tuple[Link, ...] = ()
         self.inward: Tuple[Link, ...] = ()
         self.inside: Optional[Link] = None
@@ -46,20 +47,21 @@ class Network:
         self.sites: Dict[str, Site] = {}
         self.uplinks: Dict[str, Tuple[Optional[Link], Optional[Link], int]] = {}
         self.wires: Dict[Tuple[str, str], Tuple[Link, int]] = {}
-        self.site_of: Dict[str, Site] = {}
         self.named: bool = names_a_network(built.network, built.instances)
         self.host: Optional[Link] = None if self.named else fabric.link("host", profile.host_bytes_per_s)
+        self.nowhere: Site = Site("", False)
         self._switches()
         for name, instance in built.instances.items():
             self.sites[name] = self._site(name, instance)
         self._wires()
-        for spec in built.specs:
-            if isinstance(spec, WorkerSpec):
-                self.site_of[spec.name] = self._site_named(spec.name.rpartition("/")[0])
         #: what every message takes, or -1: it depends on who sends it to whom
         self.uniform_ns: int = profile.message_latency_ns
         if self.wires or any(site.latency_ns for site in self.sites.values()):
             self.uniform_ns = -1
+        #: two NICs are all that there is between any two instances
+        self.plain: bool = self.named and not self.wires and not self.uplinks
+        if any(site.places for site in self.sites.values()):
+            self.plain = False
 
     # ---- building ---------------------------------------------------------------------------------------------------
     def _switches(self) -> None:
@@ -72,7 +74,11 @@ class Network:
                 down = self.fabric.link(f"{name}.down", switch.bandwidth.bytes_per_s)
             self.uplinks[name] = (up, down, latency_ns)
 
-    def _site_named(self, name: str) -> Site:
+    def site(self, spec: AnySpec) -> Site:
+        """Where a node is. Controller and client are nowhere: they are reached by the message latency alone."""
+        if not isinstance(spec, WorkerSpec):
+            return self.nowhere
+        name = spec.name.rpartition("/")[0]
         site = self.sites.get(name)
         if site is None:
             site = self.sites[name] = self._site(name, schema.Instance())
@@ -115,26 +121,22 @@ class Network:
                 self.wires[(one, other)] = (self.fabric.link(f"{one}-{other}", rate), latency_ns)
 
     # ---- asking -----------------------------------------------------------------------------------------------------
-    def message_ns(self, src: str, dst: str) -> int:
-        """What a control message takes from one node to another, besides its receiver's service time."""
+    def message_ns(self, one: Site, other: Site) -> int:
+        """What a control message takes from one site to another, besides its receiver's service time."""
         if self.uniform_ns >= 0:
             return self.uniform_ns
-        one = self.site_of.get(src)
-        other = self.site_of.get(dst)
         distance_ns = 0
-        if one is not None and other is not None:
-            if one is not other:
+        if one is not other:
+            if one.somewhere and other.somewhere:
                 distance_ns = self._between(one, other)[1]
-        elif one is not None:
-            distance_ns = one.latency_ns
-        elif other is not None:
-            distance_ns = other.latency_ns
+            else:
+                distance_ns = one.latency_ns + other.latency_ns
         return self.profile.message_latency_ns + distance_ns
 
-    def path(self, src: str, src_location: str, dst: str, dst_location: str) -> Path:
-        """What bytes cross from a location of one worker to one of another. Each link once."""
-        one = self.site_of[src]
-        other = self.site_of[dst]
+    def path(self, one: Site, src_location: str, other: Site, dst_location: str) -> Path:
+        """What bytes cross from a location at one site to one at another. Each link once."""
+        if self.plain and one is not other:
+            return one.out + other.inward, one.latency_ns + other.latency_ns, 0.0
         if one is other:
             links, latency_ns, cap = self._inside(one)
         else:

@@ -28,6 +28,7 @@ from kvcore.protocol.machine import (
     StartFill,
     StartRead,
     TimerFired,
+    Timers,
 )
 from kvcore.protocol.worker import Worker
 from kvcore.scenario.build import AnySpec, Built, make_machine
@@ -39,7 +40,7 @@ from kvsim.engine import Engine
 from kvsim.fabric import Fabric
 from kvsim.loop import NEVER_NS, Loop
 from kvsim.memory import Memory
-from kvsim.network import Network
+from kvsim.network import Network, Site
 from kvsim.transfer import Transfer, Transfers
 
 Observer = Callable[[int, str, Machine, Input, List[Effect]], None]
@@ -63,8 +64,8 @@ class Cluster:
         self.plan: FaultPlan = plan
         self.plan_active: bool = plan.active
         self.history: NoHistory = history
-        self.history_on: bool = history.on
         self.observe: Optional[Observer] = None
+        self.watched: bool = history.on
         self.queued: Optional[Callable[[Tuple[int, int], int], None]] = None
         self.on_note: Callable[[Note], None] = _ignore
         self.on_action: Callable[[Any], None] = _ignore
@@ -73,10 +74,24 @@ class Cluster:
         self.transfers: Transfers = Transfers(self)
         self.engine: Engine = Engine(self)
         self.copy_max_ns: int = built.config.copy_max_ns
-        self.inputs: int = 0
         self.nodes: Dict[str, Node] = {}
         for number, spec in enumerate(built.specs):
             self.nodes[spec.name] = Node(self, spec, built.bytes_per_token.get(spec.name, 0), number, built.seed)
+
+    def observed_by(self, observe: Observer) -> None:
+        """Call it after every input, before the effects are carried out."""
+        self.observe = observe
+        self.watched = True
+
+    def watch(self, now: int, node: Node, item: Input, effects: List[Effect]) -> None:
+        if self.history.on:
+            self.history.add(now, node.name, item, effects)
+        if self.observe is not None:
+            self.observe(now, node.name, node.machine, item, effects)
+
+    def inputs(self) -> int:
+        """How many inputs machines have handled so far."""
+        return sum([node.inputs for node in self.nodes.values()])
 
 
 @final
@@ -91,6 +106,9 @@ class Node:
         self.bytes_per_token: int = bytes_per_token
         self.is_client: bool = isinstance(spec, ClientSpec)
         self.machine: Machine = cluster.make(spec)
+        self.handle: Callable[[int, Any], List[Effect]] = self.machine.handle
+        self.timers: Timers = self.machine.timers
+        self.worker: Optional[Worker] = None
         self.memory: Memory = Memory([])
         self.journal: List[JournalRecord] = []  # survives a crash
         self.alive: bool = False
@@ -99,8 +117,8 @@ class Node:
         #: rises with every crash, boot, pause and resume: what was scheduled for another turn does nothing
         self.turn: int = 0
         self.life: int = 0
-        #: idle from then on; NEVER while dead or paused
-        self.busy_ns: int = NEVER_NS
+        #: an input is taken at once from then on; NEVER while dead, paused, or while others wait in the queue
+        self.gate_ns: int = NEVER_NS
         self.service_ns: int = cluster.profile.service_ns
         self.queue: Deque[Input] = deque()
         self.alarm_ns: int = NEVER_NS
@@ -108,6 +126,10 @@ class Node:
         self.touching: Dict[int, Transfer] = {}  # those that read from me or write to me
         self.closed: Dict[Tuple[str, int], None] = {}
         self.held: Dict[str, List[Received]] = {}  # messages that wait to be overtaken, by destination
+        self.inputs: int = 0
+        self.site: Site = cluster.network.site(spec)
+        self.peers: Dict[str, Node] = cluster.nodes
+        self.uniform_ns: int = cluster.network.uniform_ns
         self.on_arrival: Callable[[Any, Any], None] = self.arrive_asking if cluster.plan_active else self.arrive
 
     # ---- lives ------------------------------------------------------------------------------------------------------
@@ -119,6 +141,9 @@ class Node:
         self.paused = False
         self.restarts_ns = -1
         self.machine = self.cluster.make(spec)
+        self.handle = self.machine.handle
+        self.timers = self.machine.timers
+        self.worker = self.machine if isinstance(self.machine, Worker) else None
         if isinstance(spec, WorkerSpec):
             self.memory = Memory([location.name for location in spec.locations])
             boot = Boot(nonce=self._nonce())
@@ -126,8 +151,8 @@ class Node:
             boot = Boot(journal=tuple(self.journal))
         else:
             boot = Boot()
-        self.busy_ns = self.loop.now_ns
-        self.take(self.loop.now_ns, boot)
+        self.gate_ns = self.loop.now_ns
+        self.arrive(boot, None)
 
     def _nonce(self) -> int:
         """Different for every process of a run, the same in every run."""
@@ -137,7 +162,7 @@ class Node:
         self.turn += 1
         self.alive = False
         self.paused = False
-        self.busy_ns = NEVER_NS
+        self.gate_ns = NEVER_NS
         self.alarm_ns = NEVER_NS
         self.queue.clear()
         self.held.clear()
@@ -149,34 +174,66 @@ class Node:
         if self.alive and not self.paused:
             self.turn += 1
             self.paused = True
-            self.busy_ns = NEVER_NS
+            self.gate_ns = NEVER_NS
             self.cluster.transfers.paused(self)
 
     def resume(self) -> None:
         if self.paused:
             self.turn += 1
             self.paused = False
-            self.busy_ns = self.loop.now_ns
+            self.gate_ns = self.loop.now_ns
             self.alarm_ns = NEVER_NS
             self.cluster.transfers.resumed(self)
             if self.queue:
-                self.loop.at(self.busy_ns, self.drain, self.turn)
+                self._drain_from_gate()
             self.arm()
 
     def epoch(self) -> int:
         """The epoch that this process has, 0 for none (and for a dead one)."""
-        machine = self.machine
-        return machine.epoch if self.alive and isinstance(machine, Worker) else 0
+        worker = self.worker
+        return worker.epoch if worker is not None and self.alive else 0
 
     # ---- inputs -----------------------------------------------------------------------------------------------------
     def arrive(self, item: Input, _: Any) -> None:
-        now = self.loop.now_ns
-        if now >= self.busy_ns and not self.queue:
-            self.take(now, item)
-        elif self.alive:
+        """Handle an input, or let it wait for its turn. Everything that a run does goes through here."""
+        loop = self.loop
+        now = loop.now_ns
+        if now < self.gate_ns:
+            self._wait(item)
+            return
+        effects = self.handle(now, item)
+        self.inputs += 1
+        leave = self.gate_ns = now + self.service_ns
+        if self.cluster.watched:
+            self.cluster.watch(now, self, item, effects)
+        if self.cluster.plan_active:
+            self._carry_asking(now, effects, leave)
+        else:
+            for effect in effects:
+                if type(effect) is Send:
+                    peer = self.peers.get(effect.dst)
+                    if peer is not None:
+                        wire_ns = self.uniform_ns
+                        if wire_ns < 0:
+                            wire_ns = self.cluster.network.message_ns(self.site, peer.site)
+                        seq = loop.seq = loop.seq + 1
+                        received = Received(self.name, effect.msg)
+                        heappush(loop.heap, (leave + wire_ns, seq, peer.on_arrival, received, None))
+                else:
+                    leave = self._carry(effect, leave)
+        heap = self.timers.heap
+        if heap and heap[0][0] < self.alarm_ns:
+            self.arm()
+
+    def _wait(self, item: Input) -> None:
+        if self.alive:
             self.queue.append(item)
             if len(self.queue) == 1 and not self.paused:
-                self.loop.at(self.busy_ns, self.drain, self.turn)
+                self._drain_from_gate()
+
+    def _drain_from_gate(self) -> None:
+        self.loop.at(self.gate_ns, self.drain, self.turn)
+        self.gate_ns = NEVER_NS
 
     def give(self, item: Input, life: int) -> None:
         """An input that is meant for one life."""
@@ -185,31 +242,11 @@ class Node:
 
     def drain(self, turn: int, _: Any) -> None:
         """Not busy any more: the next input in line."""
-        if turn != self.turn:
-            return
-        self.take(self.loop.now_ns, self.queue.popleft())
-        if self.queue and turn == self.turn:
-            self.loop.at(self.busy_ns, self.drain, turn)
-
-    def take(self, now: int, item: Input) -> None:
-        """Handle one input; its effects leave after the service time."""
-        machine = self.machine
-        cluster = self.cluster
-        effects = machine.handle(now, item)
-        leave = self.busy_ns = now + self.service_ns
-        cluster.inputs += 1
-        if cluster.history_on:
-            cluster.history.add(now, self.name, item, effects)
-        if cluster.observe is not None:
-            cluster.observe(now, self.name, machine, item, effects)
-        if effects:
-            if cluster.plan_active:
-                self._carry_asking(now, effects, leave)
-            else:
-                self._carry(effects, leave)
-        heap = machine.timers.heap
-        if heap and heap[0][0] < self.alarm_ns:
-            self.arm()
+        if turn == self.turn:
+            self.gate_ns = self.loop.now_ns
+            self.arrive(self.queue.popleft(), None)
+            if self.queue and turn == self.turn:
+                self._drain_from_gate()
 
     def has_queued(self, kind: type, rid: Tuple[int, int]) -> bool:
         return any(type(item) is kind and item.rid == rid for item in self.queue)  # type: ignore[union-attr]
@@ -233,40 +270,30 @@ class Node:
             return
         if due[0] > now:
             self.arm()
-        elif now < self.busy_ns:
-            self.alarm_ns = self.busy_ns
-            self.loop.at(self.busy_ns, self._alarm, self.busy_ns, turn)
-        else:
-            self.take(now, TimerFired(due[1]))
+        elif now >= self.gate_ns:
+            self.arrive(TimerFired(due[1]), None)
+        elif not self.queue:
+            self.alarm_ns = self.gate_ns
+            self.loop.at(self.gate_ns, self._alarm, self.gate_ns, turn)
+        # else: whoever is next in line sets it anew
 
     # ---- effects ----------------------------------------------------------------------------------------------------
-    def _carry(self, effects: List[Effect], leave: int) -> None:
+    def _carry(self, effect: Effect, leave: int) -> int:
+        """Anything but a Send. Returns when what follows it leaves."""
         cluster = self.cluster
-        nodes = cluster.nodes
-        loop = self.loop
-        uniform_ns = cluster.network.uniform_ns
-        for effect in effects:
-            kind = type(effect)
-            if kind is Send:
-                name = effect.dst  # type: ignore[union-attr]
-                peer = nodes.get(name)
-                if peer is not None:
-                    wire_ns = uniform_ns if uniform_ns >= 0 else cluster.network.message_ns(self.name, name)
-                    seq = loop.seq = loop.seq + 1
-                    item = Received(self.name, effect.msg)  # type: ignore[union-attr]
-                    heappush(loop.heap, (leave + wire_ns, seq, peer.on_arrival, item, None))
-            elif kind is Note:
-                if self.is_client:
-                    cluster.on_note(effect)  # type: ignore[arg-type]
-            elif kind is StartCopy:
-                cluster.transfers.start(self, effect, leave)  # type: ignore[arg-type]
-            elif kind is Journal:
-                self.journal.append(effect.record)  # type: ignore[union-attr]
-                leave += cluster.profile.journal_ns
-                if self.busy_ns < leave:
-                    self.busy_ns = leave
-            else:
-                self._carry_rare(effect, leave)
+        if isinstance(effect, StartCopy):
+            cluster.transfers.start(self, effect, leave)
+        elif isinstance(effect, Note):
+            if self.is_client:
+                cluster.on_note(effect)
+        elif isinstance(effect, Journal):
+            self.journal.append(effect.record)
+            leave += cluster.profile.journal_ns
+            if self.gate_ns < leave:
+                self.gate_ns = leave
+        else:
+            self._carry_rare(effect, leave)
+        return leave
 
     def _carry_rare(self, effect: Effect, leave: int) -> None:
         cluster = self.cluster
@@ -310,8 +337,7 @@ class Node:
             elif verdict.delay_ns:
                 self.loop.at(now + verdict.delay_ns, self._carry_late, effect, self.life)
             else:
-                self._carry([effect], leave)
-                leave = max(leave, self.busy_ns)
+                leave = self._carry(effect, leave)
             for action in verdict.actions:
                 cluster.on_action(action)
             if not self.alive or turn != self.turn and not self.paused:
@@ -319,7 +345,7 @@ class Node:
 
     def _carry_late(self, effect: Effect, life: int) -> None:
         if self.alive and self.life == life:
-            self._carry([effect], self.loop.now_ns)
+            self._carry(effect, self.loop.now_ns)
 
     def _send_asking(self, effect: Send, verdict: Verdict, leave: int) -> None:
         cluster = self.cluster
@@ -327,7 +353,7 @@ class Node:
         if peer is None or verdict.drop or cluster.plan.blocked(self.name, effect.dst):
             return
         item = Received(self.name, effect.msg)
-        arrives_ns = leave + cluster.network.message_ns(self.name, effect.dst)
+        arrives_ns = leave + cluster.network.message_ns(self.site, peer.site)
         if verdict.reorder:
             self.held.setdefault(effect.dst, []).append(item)
             self.loop.at(arrives_ns + verdict.delay_ns, self._let_go, item, peer)

@@ -101,7 +101,7 @@ class Simulation:
         self.cluster.on_note = self._note
         self.cluster.on_action = self._act
         self.cluster.queued = self.phases.queued
-        self.cluster.observe = self._observe
+        self.cluster.observed_by(self._observe)
 
     def play(self, max_events: Optional[int] = None) -> None:
         loop = self.cluster.loop
@@ -260,7 +260,7 @@ class Simulation:
             operations = self.client.machine.operations
         metrics: Dict[str, Union[int, float, str]] = {
             "events": cluster.loop.fired(),
-            "inputs": cluster.inputs,
+            "inputs": cluster.inputs(),
             "moves": sum(1 for operation in operations if operation.what == "move" and operation.state == "done"),
             "copies": cluster.transfers.count,
             "bytes": cluster.transfers.bytes,

@@ -8,22 +8,24 @@ its end its target slots hold nobody's bytes.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Dict, List, Optional, Tuple, final
+from math import ceil
+from typing import TYPE_CHECKING, Any, Dict, Final, List, Optional, Tuple, final
 
 from kvcore.protocol.machine import CopyDone, CopyStopped, StartCopy, WindowClosed
 from kvcore.protocol.messages import Rid
 from kvcore.scenario.faults import CopyFate
-from kvsim.maxmin import Link
 from kvsim.memory import TORN, Memory, copy_slots
+from kvsim.network import Path
 
 if TYPE_CHECKING:
     from kvsim.node import Cluster, Node
 
-PEER_GONE = "peer is gone"
-OTHER_EPOCH = "peer has another epoch"
-WINDOW_CLOSED = "window closed"
-TIMED_OUT = "took longer than copy_max"
-INJECTED = "injected failure"
+PEER_GONE: Final = "peer is gone"
+OTHER_EPOCH: Final = "peer has another epoch"
+WINDOW_CLOSED: Final = "window closed"
+TIMED_OUT: Final = "took longer than copy_max"
+INJECTED: Final = "injected failure"
+NOWHERE: Final[Path] = ((), 0, 0.0)
 
 
 @final
@@ -31,19 +33,17 @@ class Transfer:
     """One copy under way. ``owner`` is who asked for it: the reader, or the writer of a push."""
 
     __slots__ = (
-        "cap",
         "crossed",
         "effect",
         "ended",
         "epoch",
         "fate",
         "fid",
-        "links",
         "nbytes",
         "number",
         "owner",
+        "path",
         "peer",
-        "solo_ns",
         "start_ns",
     )
 
@@ -55,23 +55,23 @@ class Transfer:
         self.epoch: int = owner.epoch()
         self.nbytes: int = nbytes
         self.start_ns: int = start_ns
-        self.links: Tuple[Link, ...] = ()
+        self.path: Path = NOWHERE
         self.fate: Optional[CopyFate] = None
         self.fid: int = 0  # 0: no bytes are moving
         self.crossed: float = 0.0  # the fraction of the bytes that earlier flows of this copy have carried
-        self.cap: float = 0.0
-        self.solo_ns: int = 0  # what it would take alone on its links
         self.ended: bool = False
 
     def target(self) -> Memory:
         return self.owner.memory if self.effect.read else self.peer.memory
 
-    def tear(self) -> None:
-        effect = self.effect
-        if effect.read:
-            self.owner.memory.tear(effect.location, effect.slots)
-        else:
-            self.peer.memory.tear(effect.peer_location, effect.peer_slots)
+    def solo_rate(self) -> float:
+        """Bytes a nanosecond, if it were alone on its links."""
+        links, _, cap = self.path
+        rate = cap / 1e9
+        for link in links:
+            if rate == 0.0 or link.capacity < rate:
+                rate = link.capacity
+        return rate
 
 
 @final
@@ -101,50 +101,46 @@ class Transfers:
             cluster.loop.at(at_ns + cluster.profile.peer_death_ns, self._fail, transfer, refused)
             return
         peer.touching[number] = transfer
-        transfer.tear()
+        if effect.read:
+            owner.memory.tear(effect.location, effect.slots)
+            path = cluster.network.path(peer.site, effect.peer_location, owner.site, effect.location)
+        else:
+            peer.memory.tear(effect.peer_location, effect.peer_slots)
+            path = cluster.network.path(owner.site, effect.location, peer.site, effect.peer_location)
+        transfer.path = path
+        profile = cluster.profile
+        overhead_ns = profile.transfer_ns + profile.descriptor_ns * len(effect.slots) + path[1]
         if cluster.plan_active:
-            transfer.fate = cluster.plan.copy(cluster.loop.now_ns, owner.name, effect)
-        self._flow(transfer, at_ns - cluster.loop.now_ns)
+            self._start_asking(transfer, overhead_ns, at_ns - cluster.loop.now_ns)
+            return
+        after_ns = at_ns - cluster.loop.now_ns + overhead_ns
+        transfer.fid = cluster.fabric.start(path[0], nbytes, self._crossed, transfer, path[2], after_ns)
 
     def _refusal(self, transfer: Transfer) -> str:
         peer = transfer.peer
+        effect = transfer.effect
         if not peer.alive:
             return PEER_GONE
-        if peer.epoch() != transfer.effect.peer_epoch:
+        if peer.epoch() != effect.peer_epoch:
             return OTHER_EPOCH
-        if not transfer.effect.read and (transfer.owner.name, transfer.epoch) in peer.closed:
+        if not effect.read and (transfer.owner.name, transfer.epoch) in peer.closed:
             return WINDOW_CLOSED
         return ""
 
-    def _flow(self, transfer: Transfer, after_ns: int) -> None:
+    def _start_asking(self, transfer: Transfer, overhead_ns: int, after_ns: int) -> None:
+        """As far as the fault plan lets it go."""
         cluster = self.cluster
-        effect = transfer.effect
-        if effect.read:
-            links, latency_ns, cap = cluster.network.path(
-                effect.peer, effect.peer_location, transfer.owner.name, effect.location
-            )
-        else:
-            links, latency_ns, cap = cluster.network.path(
-                transfer.owner.name, effect.location, effect.peer, effect.peer_location
-            )
-        overhead_ns = latency_ns + cluster.profile.transfer_overhead_ns(len(effect.slots))
+        fate = cluster.plan.copy(cluster.loop.now_ns, transfer.owner.name, transfer.effect)
+        transfer.fate = fate
+        links, latency_ns, cap = transfer.path
         nbytes = transfer.nbytes
-        fate = transfer.fate
-        if fate is not None:
-            if fate.fail or fate.stuck:
-                nbytes = int(nbytes * fate.fraction)
-        rate = cap / 1e9
-        for link in links:
-            if rate == 0.0 or link.capacity < rate:
-                rate = link.capacity
-        transfer.cap = cap
-        if fate is not None and fate.slow > 1.0:
-            transfer.cap = rate * 1e9 / fate.slow
+        if fate.fail or fate.stuck:
+            nbytes = int(nbytes * fate.fraction)
+        if fate.slow > 1.0:
+            transfer.path = (links, latency_ns, transfer.solo_rate() * 1e9 / fate.slow)
             overhead_ns = round(overhead_ns * fate.slow)
-        transfer.links = links
-        transfer.solo_ns = overhead_ns + round(nbytes / rate)
         transfer.fid = cluster.fabric.start(
-            links, nbytes, self._crossed, transfer, transfer.cap, after_ns + overhead_ns
+            links, nbytes, self._crossed, transfer, transfer.path[2], after_ns + overhead_ns
         )
 
     def abort(self, owner: Node, rid: Rid, at_ns: int) -> None:
@@ -160,11 +156,12 @@ class Transfers:
 
     def close_window(self, owner: Node, peer: str, epoch: int, at_ns: int) -> None:
         """Nothing that process (peer, epoch) writes lands at ``owner`` from now on."""
+        cluster = self.cluster
         owner.closed[(peer, epoch)] = None
         for transfer in list(owner.touching.values()):
             if not transfer.effect.read and transfer.owner.name == peer and transfer.epoch == epoch:
-                self._fail(transfer, WINDOW_CLOSED)
-        cluster = self.cluster
+                self._halt(transfer)
+                cluster.loop.at(cluster.loop.now_ns, self._fail, transfer, WINDOW_CLOSED)
         cluster.loop.at(at_ns + cluster.profile.window_ns, owner.give, WindowClosed(peer, epoch), owner.life)
 
     # ---- what happens to nodes --------------------------------------------------------------------------------------
@@ -184,9 +181,10 @@ class Transfers:
 
     def resumed(self, node: Node) -> None:
         for transfer in node.copies.values():
-            if transfer.fid == 0 and transfer.links and not _is_stuck(transfer):
+            links, _, cap = transfer.path
+            if transfer.fid == 0 and links and not _is_stuck(transfer):
                 left = int(transfer.nbytes * (1.0 - transfer.crossed))
-                transfer.fid = self.cluster.fabric.start(transfer.links, left, self._crossed, transfer, transfer.cap)
+                transfer.fid = self.cluster.fabric.start(links, left, self._crossed, transfer, cap)
 
     # ---- ends -------------------------------------------------------------------------------------------------------
     def _crossed(self, transfer: Transfer) -> None:
@@ -209,8 +207,9 @@ class Transfers:
         self.bytes += transfer.nbytes
         cluster = self.cluster
         if cluster.queued is not None:
-            waited_ns = cluster.loop.now_ns - transfer.start_ns - transfer.solo_ns
-            cluster.queued(effect.rid, max(0, waited_ns))
+            overhead_ns = transfer.path[1] + cluster.profile.transfer_overhead_ns(len(effect.slots))
+            solo_ns = overhead_ns + ceil(transfer.nbytes / transfer.solo_rate())
+            cluster.queued(effect.rid, max(0, cluster.loop.now_ns - transfer.start_ns - solo_ns))
         transfer.owner.arrive(CopyDone(effect.rid, True), None)
 
     def _fail(self, transfer: Transfer, why: str) -> None:

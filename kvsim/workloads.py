@@ -215,7 +215,7 @@ class Bench:
         cluster = self.cluster
         loop = cluster.loop
         pump = self.pump
-        inputs = cluster.inputs
+        inputs = cluster.inputs()
         goal = pump.done + moves
         with CollectorTamed():
             start_s = time.process_time()
@@ -225,7 +225,7 @@ class Bench:
                 loop.advance(loop.now_ns + 5_000_000)
             cluster.history.flush()
             self.cpu_s = time.process_time() - start_s
-        self.inputs = cluster.inputs - inputs
+        self.inputs = cluster.inputs() - inputs
 
     def report(self, moves: int) -> str:
         solver = self.cluster.fabric.solver
