@@ -49,7 +49,9 @@ class Acts:
         """``by``: the node that noticed; None for one of the runner's own. Faults of nodes happen once, but whoever has
         carried one out by its own hand already has done so."""
         own = by is not None and isinstance(action, (Crash, Pause)) and action.node == by.name
-        if (self.session.calm or action in self.done) and not own:
+        if self.session.calm or action in self.done:
+            if own and by is not None:
+                self._again(action, by)
             return
         self.done.append(action)
         self.plan.begin(action)
@@ -66,6 +68,18 @@ class Acts:
             self._to_client(m.Command("cancel", (action.op,)))
         elif isinstance(action, ClientDies):
             self._to_client(m.Command("die", (str(action.for_ns),)))
+
+    def _again(self, action: Action, seat: Seat) -> None:
+        """A node has done to itself what had been done to it already, before it could hear of it: undo it at once."""
+        session = self.session
+        if isinstance(action, Pause):
+            if not seat.paused:
+                session.after(0, lambda: session.resume(seat))
+        elif isinstance(action, Crash):
+            seat.dying = True
+            if action.restart_after_ns >= 0 and not seat.restarts:
+                seat.restarts += 1
+                session.after(0, lambda: session.restart(seat))
 
     def _crash(self, action: Crash, by: Optional[Seat]) -> None:
         session = self.session

@@ -21,7 +21,9 @@ import zmq
 
 from kvcore.protocol.config import WorkerSpec
 from kvcore.protocol.machine import Boot
-from kvcore.scenario.build import decode
+from kvcore.protocol.messages import StoreRequest
+from kvcore.scenario.build import Built, decode
+from kvcore.scenario.client import ClientSpec
 from kvcore.scenario.history import HistoryError
 from kvreal import control as c
 from kvreal.engines.thread import EngineThread
@@ -73,6 +75,8 @@ class Host:
             self.transfer.take()
             self.engine.take()
             return
+        if not node.booted:
+            return  # what has come already waits in its socket
         node.collect()
         for src, message in self.network.receive():
             node.receive(src, message)
@@ -143,7 +147,8 @@ class Host:
         data = ""
         if isinstance(spec, WorkerSpec):
             slot_bytes = built.slot_bytes[message.node]
-            if self.memory.lay_out([(place.name, place.slots) for place in spec.locations], slot_bytes):
+            places = [(place.name, place.slots) for place in spec.locations]
+            if self.memory.lay_out(places, slot_bytes, _stored_chunks(built)):
                 self.transfer.memory_changed()
             self.transfer.begin(message.run, message.node)
             data = self.transfer.endpoint()
@@ -178,6 +183,13 @@ class Host:
     def close(self) -> None:
         self.transfer.stop()
         self.network.close()
+
+
+def _stored_chunks(built: Built) -> int:
+    """How many chunks the scenario's steps store: no location holds more for long."""
+    client = built.specs[-1]
+    ops = client.ops if isinstance(client, ClientSpec) else ()
+    return sum(len(r.keys) for op in ops for r in op.requests if isinstance(r, StoreRequest))
 
 
 def die_with_parent(parent: int) -> None:

@@ -23,8 +23,6 @@ Bytes = npt.NDArray[np.uint8]
 
 PAGE: Final = 4096
 HUGE: Final = 2 << 20
-PREFAULT_BYTES: Final = 4 << 30
-"""Memory up to here is faulted in before anything is measured; beyond it pages come when they are touched."""
 POISON: Final = 0xDB
 POISON_STRIDE: Final = 16384
 MADV_POPULATE_WRITE: Final = 23
@@ -68,7 +66,8 @@ class Slab:
         self.bytes = np.frombuffer(self.map, dtype=np.uint8)
         self.address = int(self.bytes.ctypes.data)
         if kind == "cpu":
-            self._prefault()
+            with contextlib.suppress(OSError, AttributeError):
+                self.map.madvise(mmap.MADV_HUGEPAGE)
             self.pinned = _pin(self.address, self.nbytes)
 
     def _file(self) -> mmap.mmap:
@@ -76,15 +75,15 @@ class Slab:
             os.ftruncate(file.fileno(), self.nbytes)
             return mmap.mmap(file.fileno(), self.nbytes)
 
-    def _prefault(self) -> None:
-        assert self.map is not None
-        with contextlib.suppress(OSError, AttributeError):
-            self.map.madvise(mmap.MADV_HUGEPAGE)
-        size = min(self.nbytes, PREFAULT_BYTES)
+    def touch(self, start: int, size: int) -> None:
+        """Fault these pages in (they stay as they are), so that no copy pays for it."""
+        if self.map is None or size <= 0:
+            return
+        start -= start % PAGE
         try:
-            self.map.madvise(MADV_POPULATE_WRITE, 0, size)
-        except OSError:
-            self.bytes[:size:PAGE] = 0
+            self.map.madvise(MADV_POPULATE_WRITE, start, size)
+        except OSError:  # an older kernel
+            self.bytes[start : start + size : PAGE] |= 0
 
     def _on_gpu(self) -> None:
         import torch
@@ -115,7 +114,8 @@ def kind_of(location: str) -> str:
 
 
 class Memory:
-    """The locations of one node. ``generation`` rises whenever a slab is made or dropped: peers then ask again."""
+    """The locations of one node. ``generation`` rises whenever a slab is made or dropped, ``layout`` whenever a
+    location may lie elsewhere: peers that know an older one ask again."""
 
     def __init__(self) -> None:
         self.cpu: Optional[Slab] = None
@@ -123,11 +123,13 @@ class Memory:
         self.places: Dict[str, Place] = {}
         self.homes: Dict[str, Tuple[Slab, int]] = {}
         self.generation: int = 0
+        self.layout: int = 0
         self.dirty: Set[Tuple[str, int]] = set()
         """Slots that hold, or held, something: what must be wiped before other hands use them."""
 
-    def lay_out(self, locations: Sequence[Tuple[str, int]], slot_bytes: int) -> bool:
+    def lay_out(self, locations: Sequence[Tuple[str, int]], slot_bytes: int, touch_slots: int = 0) -> bool:
         """Give each (name, slots) its place. True if a slab was made or dropped, so that it must be registered anew.
+        The first ``touch_slots`` slots of each, which are used first, are faulted in.
 
         What an earlier run left is overwritten first: it must never pass for this run's bytes.
         """
@@ -151,9 +153,11 @@ class Memory:
                 slab, start = Slab(kind, slots * slot_bytes), 0
                 self.others.append(slab)
                 changed = True
+            slab.touch(start, min(slots, touch_slots) * slot_bytes)
             self.homes[name] = (slab, start)
             self.places[name] = Place(name, slab.nixl_kind, slab.address + start, slots, slot_bytes)
         self.generation += changed
+        self.layout += 1
         return changed
 
     def slabs(self) -> List[Slab]:

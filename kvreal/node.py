@@ -67,7 +67,9 @@ class Node:
         self.count: int = 0
         self.overtaken: Dict[str, List[Wire]] = {}
         self.copies: List[CopyRecord] = []
+        self.booted: bool = False
         self.inputs: int = 0
+        parts.engine.begin()
         self.effects: Dict[Any, Callable[[Any], None]] = {
             m.Send: self._send,
             m.StartCopy: self._start_copy,
@@ -130,6 +132,7 @@ class Node:
     def give(self, item: m.Input) -> None:
         """One input to the machine: logged, then its effects carried out in order."""
         machine = self.machine
+        self.booted = True  # a life's first input is its Boot
         now = self.now()
         effects = machine.handle(now, item)
         self.inputs += 1
@@ -312,9 +315,7 @@ class Node:
             "read_bytes": engine.read_bytes,
             "read_errors": engine.read_errors,
         }
-        return Checked(
-            0, nbytes, chunks, tuple(spoiled), inventory, tuple(self.copies), operations, counters
-        )
+        return Checked(0, nbytes, chunks, tuple(spoiled), inventory, tuple(self.copies), operations, counters)
 
     def _pools(self) -> Dict[str, Any]:
         return self.machine.pools if isinstance(self.spec, WorkerSpec) else {}  # type: ignore[attr-defined]

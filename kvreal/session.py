@@ -173,6 +173,8 @@ class Session:
         """A new process for a dead node. One that is not warm takes about a second."""
         if seat.host is None:
             self._assign(seat, self.pool.spare())
+        else:  # it has said that it will end, and has not yet
+            self.after(1_000_000, lambda: self.restart(seat))
 
     def pause(self, seat: Seat) -> None:
         if seat.host is not None:

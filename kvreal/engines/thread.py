@@ -39,6 +39,10 @@ class EngineThread:
         self.read_errors: int = 0
         threading.Thread(target=self._run, name="engine", daemon=True).start()
 
+    def begin(self) -> None:
+        """Count from here."""
+        self.filled_bytes = self.read_bytes = self.read_errors = 0
+
     def start(self, task: Task, bytes_per_token: int, fate: Fate) -> None:
         self.open += 1
         self.tasks.put(Job(task, bytes_per_token, fate))

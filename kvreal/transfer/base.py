@@ -148,9 +148,7 @@ class Transfer:
         self.closing: List[Tuple[str, int]] = []
         self.results: Deque[Union[Ended, WindowShut]] = deque()
         self.wake: int = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self.windows: WindowServer = WindowServer(
-            self.prepare, self.serve, self.revoke, self.info, self._check_closing
-        )
+        self.windows: WindowServer = WindowServer(self.prepare, self.serve, self.revoke, self.info, self._check_closing)
 
     # ---- what a transport implements
     def carry(self, job: Job) -> str:
@@ -289,9 +287,7 @@ class Transfer:
             state, why = "failed", "copy_max_ns passed"
         now = time.monotonic_ns()
         began = job.began_ns or now
-        ended = Ended(
-            effect.rid, state, why, effect.read, effect.peer, transport, job.moved, job.asked_ns, began, now
-        )
+        ended = Ended(effect.rid, state, why, effect.read, effect.peer, transport, job.moved, job.asked_ns, began, now)
         with self.lock:
             del self.jobs[effect.rid]
         self._report(ended)
@@ -299,11 +295,11 @@ class Transfer:
 
     def _carry(self, job: Job) -> str:
         fate = job.copy.fate
-        if fate.stuck:
-            job.aborted.wait()
-            raise Stopped
         begun = time.monotonic_ns()
         transport = self._carry_locally(job) if job.copy.effect.peer == self.address else self.carry(job)
+        if fate.stuck:  # what has landed has landed, but nobody is told
+            job.aborted.wait()
+            raise Stopped
         if fate.slow > 1.0:
             elapsed_s = (time.monotonic_ns() - begun) / 1e9
             job.aborted.wait(elapsed_s * (fate.slow - 1.0))
@@ -344,7 +340,7 @@ class Transfer:
             copy_bytes(int(target.ctypes.data) + start, int(source.ctypes.data) + start, size)
 
     # ---- helpers for transports
-    def connect(self, job: Job, generation: int = -1) -> Tuple[socket.socket, Grant]:
+    def connect(self, job: Job, layout: int = -1) -> Tuple[socket.socket, Grant]:
         """Open a window at the peer for this copy; the socket is the window."""
         effect = job.copy.effect
         hello = Hello(
@@ -356,7 +352,7 @@ class Transfer:
             effect.peer_epoch,
             effect.peer_location,
             tuple((theirs, size) for _, theirs, size in job.spans),
-            generation,
+            layout,
         )
         return self._dial(job.copy.endpoint, hello, job)
 

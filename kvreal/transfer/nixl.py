@@ -52,6 +52,7 @@ class Peer:
 
     def __init__(self, info: Info) -> None:
         self.agent: str = info.agent
+        self.layout: int = info.layout
         self.generation: int = info.generation
         self.places: Dict[str, Place] = {place.name: place for place in info.places}
         self.scratch: int = info.scratch
@@ -65,6 +66,7 @@ class NixlTransfer(Transfer):
         self.agent_lock: threading.Lock = threading.Lock()
         self.peers: Dict[str, Peer] = {}
         self.registered: List[Tuple[Slab, Any]] = []
+        self.greeting: List[str] = []
         super().__init__(memory)
         api = load_nixl()
         config = api.nixl_agent_config(enable_prog_thread=False, backends=["UCX"])
@@ -92,7 +94,9 @@ class NixlTransfer(Transfer):
         with self.agent_lock:
             metadata = self.agent.get_agent_metadata()
         memory = self.memory
-        return Info(memory.generation, self.process, metadata, tuple(memory.places.values()), memory.scratch())
+        return Info(
+            memory.layout, memory.generation, self.process, metadata, tuple(memory.places.values()), memory.scratch()
+        )
 
     # ---- the side whose memory is touched
     def serve(self, window: Window) -> None:
@@ -122,7 +126,7 @@ class NixlTransfer(Transfer):
         copy = job.copy
         process = split_endpoint(copy.endpoint)[3]
         peer = self.peers.get(process)
-        sock, grant = self.connect(job, peer.generation if peer is not None else -1)
+        sock, grant = self.connect(job, peer.layout if peer is not None else -1)
         with sock:
             if grant.info is not None:
                 peer = self._meet(process, grant.info)
@@ -144,10 +148,12 @@ class NixlTransfer(Transfer):
         """Load a peer's metadata, in place of an older one's."""
         if info.agent != process:
             raise TransferError(f"the endpoint says {process}, the process says {info.agent}")
-        with self.agent_lock:
-            if process in self.peers:
-                self.agent.remove_remote_agent(process)
-            self.agent.add_remote_agent(info.metadata)
+        known = self.peers.get(process)
+        if known is None or known.generation != info.generation:
+            with self.agent_lock:
+                if known is not None:
+                    self.agent.remove_remote_agent(process)
+                self.agent.add_remote_agent(info.metadata)
         peer = self.peers[process] = Peer(info)
         return peer
 
@@ -291,12 +297,26 @@ class NixlTransfer(Transfer):
         (3 to 26 ms). A peer that cannot be reached is none of our business yet."""
         kind, _, _, process = split_endpoint(endpoint)
         if kind == self.name and process != self.process:
+            with self.lock:
+                self.greeting.append(address)
             threading.Thread(target=self._greet, args=(address, endpoint, process), name="greet", daemon=True).start()
 
+    def pending(self) -> List[str]:
+        with self.lock:
+            greeting = [f"connecting to {address}" for address in self.greeting]
+        return super().pending() + greeting
+
     def _greet(self, address: str, endpoint: str, process: str) -> None:
+        try:
+            self._shake_hands(address, endpoint, process)
+        finally:
+            with self.lock:
+                self.greeting.remove(address)
+
+    def _shake_hands(self, address: str, endpoint: str, process: str) -> None:
         with contextlib.suppress(Exception):
             peer = self.peers.get(process)
-            hello = Hello(self.token, "greet", self.address, 0, address, 0, "", (), peer.generation if peer else -1)
+            hello = Hello(self.token, "greet", self.address, 0, address, 0, "", (), peer.layout if peer else -1)
             sock, grant = self._dial(endpoint, hello, None)
             with sock:
                 if grant.info is None:

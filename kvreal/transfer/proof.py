@@ -37,6 +37,7 @@ def redirect_stdout() -> Tuple[int, int]:
     sink = os.memfd_create("kvreal-ucx")
     os.dup2(sink, 1)
     os.environ.setdefault("UCX_PROTO_INFO", PATTERN)
+    os.environ.setdefault("NIXL_LOG_LEVEL", "FATAL")  # what fails is reported as the end of a copy, once
     return old, sink
 
 

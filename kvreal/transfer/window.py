@@ -39,12 +39,14 @@ class Hello(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     epoch: int
     location: str = ""
     spans: Tuple[Tuple[int, int], ...] = ()
-    generation: int = -1
+    layout: int = -1
 
 
 class Info(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """How to reach this process's memory."""
+    """How to reach this process's memory. ``layout`` rises with every change of it, ``generation`` with those that
+    make new metadata necessary."""
 
+    layout: int
     generation: int
     agent: str
     metadata: bytes
@@ -159,7 +161,7 @@ class WindowServer:
                     send_message(sock, Grant(False, str(error)))
                     return
                 info = self.info()
-                fresh = info is not None and info.generation != hello.generation
+                fresh = info is not None and info.layout != hello.layout
                 send_message(sock, Grant(True, "", info if fresh else None))
                 self.serve(window)
             except (OSError, TransferError):

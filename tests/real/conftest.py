@@ -9,8 +9,8 @@ import pytest
 pytest.importorskip("zmq", reason="the real world is not installed: no pyzmq")
 pytest.importorskip("numpy", reason="the real world is not installed: no numpy")
 
-from kvreal.pool import Pool  # noqa: E402
-from kvreal.transfer import available  # noqa: E402
+from kvreal.pool import Pool
+from kvreal.transfer import available
 
 
 @pytest.fixture(scope="session")

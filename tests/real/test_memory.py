@@ -1,0 +1,98 @@
+"""Slabs and slots: what lies where, and what an earlier run leaves behind."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from kvreal.memory import POISON, Memory, SlabError, kind_of
+
+
+def test_slots_do_not_overlap_and_neighbours_touch() -> None:
+    memory = Memory()
+    memory.lay_out([("cpu one", 4), ("cpu two", 3)], 4096)
+    slots = [("cpu one", 0), ("cpu one", 1), ("cpu one", 2), ("cpu one", 3), ("cpu two", 0), ("cpu two", 2)]
+    spans = sorted(int(memory.view(name, slot, 4096).ctypes.data) for name, slot in slots)
+    assert all(b - a >= 4096 for a, b in zip(spans, spans[1:]))
+    assert memory.places["cpu one"].address + 4096 == int(memory.view("cpu one", 1, 1).ctypes.data)
+    assert memory.scratch() < spans[0]
+
+
+def test_a_second_run_uses_the_same_slab_and_finds_nothing_of_the_first() -> None:
+    memory = Memory()
+    assert memory.lay_out([("cpu", 4)], 4096)
+    memory.soil("cpu", [2])
+    memory.view("cpu", 2, 4096)[:] = 7
+    slab = memory.cpu
+    assert not memory.lay_out([("cpu", 8)], 2048), "it fits, so nothing need be registered anew"
+    assert memory.cpu is slab
+    assert not (memory.view("cpu", 4, 2048) == 7).any() and not (memory.view("cpu", 5, 2048) == 7).any()
+
+
+def test_a_larger_run_gets_a_larger_slab_and_peers_can_tell() -> None:
+    memory = Memory()
+    memory.lay_out([("cpu", 1)], 4096)
+    before = memory.generation, memory.layout
+    assert memory.lay_out([("cpu", 32)], 4 << 20)
+    assert memory.generation > before[0] and memory.layout > before[1]
+
+
+def test_every_layout_is_new_to_peers() -> None:
+    memory = Memory()
+    memory.lay_out([("cpu", 4)], 4096)
+    before = memory.layout
+    memory.lay_out([("cpu", 4)], 1024)
+    assert memory.layout > before
+
+
+def test_wipe_overwrites_all_but_what_is_kept() -> None:
+    memory = Memory()
+    memory.lay_out([("cpu", 3)], 4096)
+    memory.soil("cpu", [0, 1])
+    memory.view("cpu", 0, 4096)[:] = 1
+    memory.view("cpu", 1, 4096)[:] = 2
+    assert memory.wipe([("cpu", 1)]) == 4096
+    assert (memory.view("cpu", 0, 4096) == POISON).all() and (memory.view("cpu", 1, 4096) == 2).all()
+    assert memory.wipe() == 4096
+
+
+def test_poison_spoils_a_slot_that_held_something() -> None:
+    memory = Memory()
+    memory.lay_out([("cpu", 1)], 65536)
+    memory.soil("cpu", [0], poison=True)
+    memory.view("cpu", 0, 65536)[:] = 1
+    memory.soil("cpu", [0], poison=True)
+    assert (memory.view("cpu", 0, 65536)[::16384] == POISON).all()
+
+
+@pytest.mark.parametrize(("location", "slot", "nbytes"), [("cpu", 3, 1), ("cpu", -1, 1), ("cpu", 0, 4097), ("?", 0, 1)])
+def test_no_slot_no_view(location: str, slot: int, nbytes: int) -> None:
+    memory = Memory()
+    memory.lay_out([("cpu", 3)], 4096)
+    with pytest.raises(SlabError):
+        memory.view(location, slot, nbytes)
+
+
+def test_a_disk_location_is_a_file_that_has_no_name() -> None:
+    memory = Memory()
+    memory.lay_out([("LocalDiskBackend", 2)], 4096)
+    memory.view("LocalDiskBackend", 1, 4096)[:] = 5
+    maps = Path("/proc/self/maps").read_text().splitlines()
+    mapped = [line for line in maps if "kvreal-" in line or "(deleted)" in line]
+    assert mapped, "not backed by a file"
+    names = [line.split(maxsplit=5)[5].strip() for line in mapped if len(line.split(maxsplit=5)) > 5]
+    assert not [name for name in names if name.startswith("/") and os.path.exists(name) and "kvreal-" in name]
+
+
+def test_more_memory_than_there_can_be_is_refused_in_one_line() -> None:
+    with pytest.raises(SlabError, match="cannot get"):
+        Memory().lay_out([("cpu", 1 << 20)], 1 << 40)
+
+
+def test_what_a_name_says() -> None:
+    kinds = [kind_of(name) for name in ("LocalCPUBackend", "LocalDiskBackend", "GPU", "cpu")]
+    assert kinds == ["cpu", "disk", "gpu", "cpu"]
+    assert np.uint8(POISON) == POISON
