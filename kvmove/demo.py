@@ -96,7 +96,7 @@ def _tell(screen: Console, played: Played) -> None:
     if not played.good:
         for world in played.results:
             for line in report.verdicts(played, world):
-                screen.print("  " + line, markup=False)
+                screen.print("  " + line, markup=False, soft_wrap=True)
         if played.replay is not None:
             report.print_replay(screen, played.replay)
         if played.comparison is not None:

@@ -42,13 +42,14 @@ def states(rows: Sequence[Row]) -> list[str]:
 
 
 def edges(rows: Sequence[Row]) -> list[tuple[str, str, list[str]]]:
-    """(state, next, inputs that lead there), for those that change the state."""
+    """(state, next, inputs that lead there), for those that change the state; without the case after the colon."""
     found: dict[tuple[str, str], list[str]] = {}
     for row in rows:
         if row.next and row.next != row.state:
             inputs = found.setdefault((row.state, row.next), [])
-            if row.input not in inputs:
-                inputs.append(row.input)
+            kind = row.input.partition(":")[0]
+            if kind not in inputs:
+                inputs.append(kind)
     return [(state, after, inputs) for (state, after), inputs in found.items()]
 
 

@@ -23,9 +23,9 @@ def of_violation(history: Path, violation: Violation) -> list[str]:
     return found or _last(history, nodes=[violation.node], before=violation.t)
 
 
-def of_failure(history: Path, failure: str) -> list[str]:
-    """What became of the step that an expectation names: ``op: field: expected this, got that``."""
-    return _last(history, events=[failure.partition(":")[0]])
+def of_step(history: Path, step: str) -> list[str]:
+    """What became of a step of the scenario."""
+    return _last(history, events=[step])
 
 
 def _last(history: Path, **which: Any) -> list[str]:

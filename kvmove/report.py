@@ -31,7 +31,7 @@ def print_run(screen: Console, played: Played, *, kept: bool) -> None:
         screen.print(f"\n[bold]{WORLD[world]}[/bold]{_carried(result)}, {played.wall_s[world]:.2f} s of wall time")
         print_operations(screen, result)
         for line in verdicts(played, world):
-            screen.print("  " + line, markup=False)
+            screen.print("  " + line, markup=False, soft_wrap=True)
         if kept:
             screen.print(f"  history: {played.histories[world]}", markup=False)
     if played.skipped:
@@ -103,9 +103,13 @@ def verdicts(played: Played, world: str) -> Iterator[str]:
     for violation in result.violations:
         yield f"VIOLATION {violation.property} at {violation.node}, {duration(violation.t)}: {violation.text}"
         yield from ("    " + line for line in evidence.of_violation(played.histories[world], violation))
+    shown = ""
     for failure in played.failures[world]:
         yield f"EXPECTED {failure}"
-        yield from ("    " + line for line in evidence.of_failure(played.histories[world], failure))
+        step = failure.partition(":")[0]
+        if step != shown:  # once is enough for all that is expected of a step
+            yield from ("    " + line for line in evidence.of_step(played.histories[world], step))
+        shown = step
 
 
 def print_replay(screen: Console, replay: Replay) -> None:
@@ -113,7 +117,7 @@ def print_replay(screen: Console, replay: Replay) -> None:
     equal = "equal effects, each time" if replay.equal else "effects DIFFER"
     screen.print(f"  replay: {steps:,} inputs of {plural(len(replay.nodes), 'node')} through fresh machines: {equal}")
     for line in replay.differs:
-        screen.print("    " + line, markup=False)
+        screen.print("    " + line, markup=False, soft_wrap=True)
 
 
 def print_comparison(screen: Console, comparison: Comparison) -> None:
@@ -126,7 +130,7 @@ def print_comparison(screen: Console, comparison: Comparison) -> None:
         verdict = f"each real answer is met within {tried}" if outcome.equal else f"NOT met within {tried}"
         screen.print(f"  outcome: {verdict}")
     for line in outcome.differs:
-        screen.print("    " + line, markup=False)
+        screen.print("    " + line, markup=False, soft_wrap=True)
     if comparison.time:
         print_times(screen, comparison)
 

@@ -22,7 +22,8 @@ ROWS = (
     Row("lamp", "off", "press", "lights", "on", ("h01", "h02")),
     Row("lamp", "off", "wind", "", "off"),
     Row("lamp", "on", "press", "goes dark", "off"),
-    Row("lamp", "on", "power cut", "", "off"),
+    Row("lamp", "on", "power cut: at night", "", "off"),
+    Row("lamp", "on", "power cut: by day", "", "off"),
     Row("door", "shut", 'say "open"', "opens", "open"),
 )
 
@@ -37,10 +38,10 @@ def test_text_has_every_arrow_and_every_row() -> None:
 
 
 def test_dot_quotes_what_it_must() -> None:
-    drawn = diagram.draw(ROWS[:4], "dot")
+    drawn = diagram.draw(ROWS[:5], "dot")
     assert drawn.startswith("digraph lamp {") and drawn.endswith("}")
     assert '  on -> off [label="press\\npower cut"];' in drawn
-    assert '[label="say \\"open\\""]' in diagram.draw(ROWS[4:], "dot")
+    assert '[label="say \\"open\\""]' in diagram.draw(ROWS[5:], "dot")
 
 
 def test_mermaid_and_markdown() -> None:
