@@ -1,0 +1,236 @@
+"""Copies: what lands, what does not, and how each ends."""
+
+from __future__ import annotations
+
+import msgspec
+import pytest
+
+from kvcore.protocol.config import Config
+from kvcore.protocol.machine import AbortCopy, CloseWindow, CopyDone, CopyStopped, WindowClosed
+from kvcore.scenario.schema import CopyFault, Fault, When
+from tests.sim.stubs import PROFILE, Stage, copy
+
+RID = (1, 1)
+
+
+def test_a_read_takes_its_time_and_lands_whole() -> None:
+    profile = msgspec.structs.replace(PROFILE, transfer_ns=500, descriptor_ns=7)
+    stage = Stage(profile=profile)
+    stage.put("a/0", 3, b"x")
+    stage.put("a/0", 4, b"y")
+    start = stage.loop.now_ns
+    stage.do("b/0", copy("a/0", (3, 4), (0, 1)))
+    stage.loop.advance(10**9)
+    # leaves after the service time; overhead; 2,000 bytes at 1 GB/s
+    assert stage.puppet("b/0").seen == [(start + 100 + 500 + 2 * 7 + 2000, CopyDone(RID, True))]
+    assert stage.has("b/0", 0, b"x") and stage.has("b/0", 1, b"y")
+
+
+def test_a_push_lands_at_the_peer() -> None:
+    stage = Stage()
+    stage.put("a/0", 3, b"x")
+    stage.do("a/0", copy("b/0", (0,), (3,), read=False))
+    stage.loop.advance(10**9)
+    assert stage.seen("a/0") == [CopyDone(RID, True)]
+    assert stage.has("b/0", 0, b"x")
+
+
+def test_the_bytes_are_those_that_the_source_holds_when_the_copy_ends() -> None:
+    stage = Stage()
+    stage.put("a/0", 3, b"x")
+    stage.do("b/0", copy("a/0", (3,), (0,)))
+    stage.loop.advance(stage.loop.now_ns + 500)
+    stage.put("a/0", 3, b"other")
+    stage.loop.advance(10**9)
+    assert stage.seen("b/0") == [CopyDone(RID, True)]
+    assert stage.has("b/0", 0, b"other") and not stage.has("b/0", 0, b"x")
+
+
+def test_while_a_copy_runs_its_target_holds_nobodys_bytes() -> None:
+    stage = Stage()
+    stage.put("a/0", 3, b"x")
+    stage.put("b/0", 0, b"old")
+    stage.do("b/0", copy("a/0", (3,), (0,)))
+    stage.loop.advance(stage.loop.now_ns + 500)
+    assert not stage.has("b/0", 0, b"old") and not stage.has("b/0", 0, b"x")
+
+
+def test_an_aborted_copy_has_landed_in_part_and_then_nothing_more() -> None:
+    stage = Stage()
+    for slot in range(4):
+        stage.put("a/0", slot, b"%d" % slot)
+    stage.do("b/0", copy("a/0", (0, 1, 2, 3), (0, 1, 2, 3)))
+    stage.loop.advance(stage.loop.now_ns + 100 + 2500)
+    stage.do("b/0", AbortCopy(RID))
+    stage.loop.advance(stage.loop.now_ns + 1000)
+    assert stage.seen("b/0") == [CopyStopped(RID)]
+    assert [stage.has("b/0", slot, b"%d" % slot) for slot in range(4)] == [True, True, False, False]
+    stage.put("b/0", 3, b"new")
+    stage.loop.advance(10**9)
+    assert stage.has("b/0", 3, b"new")
+    assert not stage.cluster.fabric.flows and not stage.cluster.transfers.active
+
+
+def test_abort_of_what_is_not_there_is_answered_and_a_done_copy_wins_the_race() -> None:
+    stage = Stage()
+    stage.do("b/0", AbortCopy((9, 9)))
+    stage.loop.advance(stage.loop.now_ns + 1000)
+    assert stage.seen("b/0") == [CopyStopped((9, 9))]
+    stage.put("a/0", 0, b"x")
+    stage.do("b/0", copy("a/0", (0,), (0,)))
+    stage.loop.advance(stage.loop.now_ns + 1090)
+    stage.do("b/0")  # busy when the copy ends
+    stage.loop.advance(stage.loop.now_ns + 10)
+    assert stage.node("b/0").queue
+    stage.cluster.transfers.abort(stage.node("b/0"), RID, stage.loop.now_ns)
+    stage.loop.advance(10**9)
+    assert stage.seen("b/0")[1:] == [CopyDone(RID, True)]
+
+
+def test_a_peer_that_dies_fails_a_read() -> None:
+    stage = Stage()
+    stage.put("a/0", 0, b"x")
+    stage.do("b/0", copy("a/0", (0,), (0,)))
+    stage.loop.advance(stage.loop.now_ns + 500)
+    stage.node("a/0").crash()
+    died = stage.loop.now_ns
+    stage.loop.advance(10**9)
+    assert stage.puppet("b/0").seen == [(died + 50, CopyDone(RID, False, "peer is gone"))]
+    assert not stage.has("b/0", 0, b"x")
+    stage.do("b/0", copy("a/0", (0,), (0,)))
+    stage.loop.advance(2 * 10**9)
+    assert stage.seen("b/0")[1:] == [CopyDone(RID, False, "peer is gone")]
+
+
+def test_a_reader_that_dies_takes_its_copies_with_it() -> None:
+    stage = Stage()
+    stage.put("a/0", 0, b"x")
+    stage.do("b/0", copy("a/0", (0,), (0,)))
+    stage.loop.advance(stage.loop.now_ns + 500)
+    stage.node("b/0").crash()
+    stage.node("b/0").boot()
+    stage.loop.advance(10**9)
+    assert stage.seen("b/0") == []
+    assert not stage.has("b/0", 0, b"x")
+    assert not stage.cluster.transfers.active and not stage.node("a/0").touching
+
+
+def test_a_paused_process_is_still_read_but_moves_no_bytes_itself() -> None:
+    stage = Stage()
+    stage.put("a/0", 0, b"x")
+    stage.do("b/0", copy("a/0", (0,), (0,)))
+    stage.loop.advance(stage.loop.now_ns + 600)
+    stage.node("a/0").pause()
+    stage.loop.advance(stage.loop.now_ns + 1000)
+    assert stage.seen("b/0") == [CopyDone(RID, True)]
+    stage.do("b/0", copy("a/0", (0,), (1,)))
+    stage.loop.advance(stage.loop.now_ns + 600)
+    stage.node("b/0").pause()
+    stage.loop.advance(stage.loop.now_ns + 10**6)
+    assert not stage.has("b/0", 1, b"x")
+    resumed = stage.loop.now_ns
+    stage.node("b/0").resume()
+    stage.loop.advance(10**9)
+    assert stage.puppet("b/0").seen[-1] == (resumed + 500, CopyDone(RID, True))
+    assert stage.has("b/0", 1, b"x")
+
+
+def test_a_write_addressed_to_an_old_epoch_never_lands() -> None:
+    stage = Stage()
+    stage.believe("b/0", 5)
+    stage.put("a/0", 0, b"x")
+    stage.do("a/0", copy("b/0", (0,), (0,), read=False, epoch=4))
+    stage.loop.advance(stage.loop.now_ns + 5000)
+    assert stage.seen("a/0") == [CopyDone(RID, False, "peer has another epoch")]
+    stage.do("a/0", copy("b/0", (0,), (0,), read=False, epoch=5))
+    stage.loop.advance(stage.loop.now_ns + 500)
+    stage.believe("b/0", 6)  # expelled and registered anew while the bytes were on their way
+    stage.loop.advance(10**9)
+    assert stage.seen("a/0")[1:] == [CopyDone(RID, False, "peer has another epoch")]
+    assert not stage.has("b/0", 0, b"x")
+
+
+def test_nothing_lands_through_a_closed_window() -> None:
+    stage = Stage()
+    stage.believe("a/0", 3)
+    stage.put("a/0", 0, b"x")
+    stage.do("a/0", copy("b/0", (0,), (0,), read=False))
+    stage.loop.advance(stage.loop.now_ns + 500)
+    stage.do("b/0", CloseWindow("a/0", 3))
+    stage.loop.advance(stage.loop.now_ns + 1000)
+    assert stage.seen("b/0") == [WindowClosed("a/0", 3)]
+    assert stage.seen("a/0") == [CopyDone(RID, False, "window closed")]
+    stage.do("a/0", copy("b/0", (0,), (0,), read=False))
+    stage.loop.advance(10**9)
+    assert stage.seen("a/0")[1:] == [CopyDone(RID, False, "window closed")]
+    assert not stage.has("b/0", 0, b"x")
+    stage.believe("a/0", 4)
+    stage.do("a/0", copy("b/0", (0,), (0,), read=False))
+    stage.loop.advance(2 * 10**9)
+    assert stage.has("b/0", 0, b"x")
+
+
+def faulty(**copy_fault: object) -> Stage:
+    fault = Fault(copy=CopyFault(**copy_fault), when=When(started="StartCopy"))  # type: ignore[arg-type]
+    stage = Stage(faults=(fault,), config=Config(copy_max_ns=10**6))
+    for slot in range(4):
+        stage.put("a/0", slot, b"%d" % slot)
+    stage.do("b/0", copy("a/0", (0, 1, 2, 3), (0, 1, 2, 3)))
+    return stage
+
+
+def landed(stage: Stage) -> int:
+    return sum(stage.has("b/0", slot, b"%d" % slot) for slot in range(4))
+
+
+def test_a_failing_copy_fails_after_its_fraction() -> None:
+    stage = faulty(fail=True, fraction=0.5)
+    start = stage.loop.now_ns
+    stage.loop.advance(10**9)
+    assert stage.puppet("b/0").seen == [(start + 100 + 2000, CopyDone(RID, False, "injected failure"))]
+    assert landed(stage) == 2
+
+
+def test_a_corrupt_copy_says_done() -> None:
+    stage = faulty(corrupt=True)
+    stage.loop.advance(10**9)
+    assert stage.seen("b/0") == [CopyDone(RID, True)]
+    assert landed(stage) == 3
+
+
+def test_a_slow_copy_takes_as_many_times_as_long() -> None:
+    stage = faulty(slow=4.0)
+    start = stage.loop.now_ns
+    stage.loop.advance(10**9)
+    assert stage.puppet("b/0").seen == [(start + 100 + 4 * 4000, CopyDone(RID, True))]
+    assert landed(stage) == 4
+
+
+def test_a_stuck_copy_ends_at_copy_max() -> None:
+    stage = faulty(stuck=True, fraction=0.25)
+    start = stage.loop.now_ns
+    stage.loop.advance(10**9)
+    assert stage.puppet("b/0").seen == [(start + 100 + 10**6, CopyDone(RID, False, "took longer than copy_max"))]
+    assert landed(stage) == 1
+
+
+def test_a_stuck_copy_can_be_aborted() -> None:
+    stage = faulty(stuck=True, fraction=0.0)
+    stage.loop.advance(stage.loop.now_ns + 50_000)
+    stage.do("b/0", AbortCopy(RID))
+    stage.loop.advance(10**9)
+    assert stage.seen("b/0") == [CopyStopped(RID)]
+    assert landed(stage) == 0
+
+
+@pytest.mark.parametrize("count", [2, 5])
+def test_copies_to_one_node_share_its_nic(count: int) -> None:
+    stage = Stage()
+    start = stage.loop.now_ns
+    for i in range(count):
+        stage.do("b/0", copy("a/0" if i % 2 else "c/0", (0,), (i,), rid=(1, i)))
+    stage.loop.advance(10**9)
+    ends = [now for now, _ in stage.puppet("b/0").seen]
+    assert len(ends) == count
+    # The last byte cannot be there before all have come through the one NIC.
+    assert ends[-1] >= start + 100 + 1000 * count
