@@ -142,7 +142,7 @@ FAULTS = {
     "client": "- {when: {started: StartCopy}, crash: {node: client, restart_after: 1 s}}",
     "corrupt": "- {copy: {corrupt: true}, when: {started: StartCopy}}",
     "stuck": "- {copy: {stuck: true, fraction: 0.5}, when: {started: StartCopy}}",
-    "at a time": "- {when: {at: 1 s}, crash: {node: b, restart_after: 1 s}}",
+    "at a time": "- {when: {at: 300 ms}, crash: {node: b, restart_after: 1 s}}",
     "pause for good": "- {when: {started: StartCopy}, pause: {node: b}}",
     "lost": "- {when: {sent: Released, by: a}, drop: 2}",
 }
