@@ -202,8 +202,7 @@ class Controller(Machine):
             self._refuse(src, m, "version", str(VERSION), str(m.version), out)
             return
         known = self.registry.ranks.get((m.instance, m.rank))
-        mate = self._mate(m)
-        difference = namespace_mismatch(mate.register.namespace, m.namespace) if mate is not None else None
+        difference = self._difference(m)
         if difference is not None:
             self._refuse(src, m, "mismatch", difference[0], difference[1], out)
         elif known is not None and known.register.nonce == m.nonce and known.address == src:
@@ -213,12 +212,12 @@ class Controller(Machine):
         else:
             self._issue(now, src, m, out)
 
-    def _mate(self, m: Register) -> Optional[Rank]:
-        """Another rank of the same instance: all ranks have one namespace."""
+    def _difference(self, m: Register) -> Optional[Tuple[str, str]]:
+        """All ranks of an instance have one namespace: both sides' values where another believed rank differs."""
         for rank in range(m.namespace.ranks):
             other = self.registry.ranks.get((m.instance, rank))
             if other is not None and rank != m.rank:
-                return other
+                return namespace_mismatch(other.register.namespace, m.namespace)
         return None
 
     def _refuse(self, src: str, m: Register, why: str, have: str, got: str, out: List[Effect]) -> None:
@@ -316,6 +315,11 @@ class Controller(Machine):
             if issued is None or (rank is not None and rank.epoch > m.epoch):
                 out.append(Send(src, Expelled(self.incarnation, m.epoch)))
                 return
+            if self._difference(issued.register) is not None:
+                # Its mates were believed meanwhile, and differ: it learns why when it registers anew.
+                self.registry.forget_issued(issued)
+                out.append(Send(src, Expelled(self.incarnation, m.epoch)))
+                return
             rank = issued
             self._believe(now, rank, out)
         else:
@@ -410,8 +414,13 @@ class Controller(Machine):
                 out.append(Send(src, self.moves.answer(number, m.op)))
         elif number in self.drains:
             self.drains[number].waiters.append((src, m.op))
+            out.append(Send(src, self._draining(number, m.op)))
         else:
             out.append(Send(src, self.moves.answer(number, m.op)))
+
+    def _draining(self, number: int, op: str) -> Answer:
+        drain = self.drains[number]
+        return Answer(op, COPYING, drain.num_tokens(), number, drain.cancelled)
 
     def on_lookup(self, now: int, src: str, m: LookupRequest, out: List[Effect]) -> None:
         out.append(Send(src, Answer(m.op, "ok", found=self.registry.lookup(m.keys, m.lens))))
@@ -424,8 +433,7 @@ class Controller(Machine):
         elif m.wait and number in self.drains:
             self.drains[number].waiters.append((src, m.op))
         elif number in self.drains:
-            drain = self.drains[number]
-            out.append(Send(src, Answer(m.op, COPYING, drain.num_tokens(), number)))
+            out.append(Send(src, self._draining(number, m.op)))
         else:
             out.append(Send(src, self.moves.answer(number, m.op)))
 
@@ -436,6 +444,10 @@ class Controller(Machine):
             drain.cancelled = "cancelled"
         if event is not None and event.state != RELEASING:
             self.moves.fail(now, event, "cancelled", out)
+        elif drain is not None:
+            # The chain that runs has been decided; no other begins.
+            out.append(Send(src, self._draining(m.event, m.op)))
+            return
         elif event is not None:
             answer = self.moves.answer(m.event, m.op)
             out.append(Send(src, Answer(m.op, answer.state, answer.num_tokens, m.event, "too_late", n=answer.n)))
@@ -461,8 +473,9 @@ class Controller(Machine):
 
     def on_unpin(self, now: int, src: str, m: UnpinRequest, out: List[Effect]) -> None:
         ranks = self.fanouts.pins.get(m.event)
-        if ranks is None:
-            out.append(Send(src, Answer(m.op, "refused", 0, m.event, "unknown_event")))
+        if ranks is None or m.event in self.fanouts.open:
+            reason = "unknown_event" if ranks is None else "in_progress"
+            out.append(Send(src, Answer(m.op, "refused", 0, m.event, reason)))
         else:
             self.fanouts.start(now, Fanout("unpin", m.event, src, m.op, "", ranks), out)
 

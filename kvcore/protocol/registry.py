@@ -94,6 +94,9 @@ class Registry:
         for number in list(self.waiting):
             self._keep_issued(number, epoch - 1)
 
+    def forget_issued(self, rank: Rank) -> None:
+        self._keep_issued(rank.number, rank.epoch)
+
     def _keep_issued(self, number: int, above_epoch: int) -> None:
         waiting = self.waiting.pop(number, [])
         left = [rank for rank in waiting if rank.epoch > above_epoch]

@@ -234,6 +234,7 @@ class Worker(Machine):
         self.source.restart(m.epoch, out)
         self.destination.restart(now, m.epoch, out)
         self.epoch = self.last_epoch = m.epoch
+        self.refused = ""
         for pool in self.pool_list:
             # A view of a new epoch starts empty at seq 0; whatever is still here must be asked for by a Resync.
             pool.inc = (m.epoch, pool.clears)
@@ -247,7 +248,9 @@ class Worker(Machine):
     def on_register_refused(self, now: int, src: str, m: RegisterRefused, out: List[Effect]) -> None:
         if m.nonce == self.nonce and not self.epoch:
             self.refused = f"{m.why}: have {m.have}, got {m.got}"
-            self.timers.cancel(REGISTER)
+            if m.why != "mismatch":
+                # Mates that differ may be about to go (an instance that restarts with other weights): ask on.
+                self.timers.cancel(REGISTER)
             out.append(Note("register_refused", 0, self.refused))
 
     def on_probe(self, now: int, src: str, m: Probe, out: List[Effect]) -> None:
