@@ -10,7 +10,7 @@ from typing import Dict, Final, List, Optional, Sequence, Tuple, final
 
 from kvcore.protocol.destination import Retention
 from kvcore.protocol.machine import Effect, Send
-from kvcore.protocol.messages import NO_ID, Delta, Inc, Key, Rid
+from kvcore.protocol.messages import Delta, Inc, Key, Pid, Rid
 from kvcore.protocol.pool import Pool
 from kvcore.protocol.worker import Worker
 
@@ -80,6 +80,7 @@ class RetentionSeen:
         self.location: str = retention.pool.name
         self.retain_ns: int = retention.retain_ns
         self.until_ns: int = now + retention.retain_ns
+        self.keys: Tuple[Key, ...] = retention.keys
 
 
 @final
@@ -94,10 +95,12 @@ class Shadow:
         self.epoch: int = worker.epoch
         self.pools: Dict[str, PoolShadow] = {pool.name: PoolShadow(pool) for pool in worker.pool_list}
         #: event -> pid of its live pin
-        self.pins: Dict[int, Rid] = {event: pin.pid for event, pin in worker.source.pins.items()}
-        self.retained: Dict[int, RetentionSeen] = {
-            event: RetentionSeen(retention, now) for event, retention in worker.destination.retentions.items()
-        }
+        self.pins: Dict[int, Pid] = {event: pin.pid for event, pin in worker.source.pins.items()}
+        self.retained: Dict[int, RetentionSeen] = {}
+        #: (location, key) -> the events that retain it
+        self.bars: Dict[Tuple[str, Key], Dict[int, None]] = {}
+        for event, retention in worker.destination.retentions.items():
+            self.retain(event, RetentionSeen(retention, now))
         #: peer -> highest epoch whose window is closed here
         self.closed: Dict[str, int] = {}
         self.credit: int = 0
@@ -113,8 +116,23 @@ class Shadow:
         self.credit = 0
         return True
 
-    def pid(self, event: int) -> Rid:
-        return self.pins.get(event, NO_ID)
+    def retain(self, event: int, seen: RetentionSeen) -> None:
+        self.retained[event] = seen
+        for key in seen.keys:
+            self.bars.setdefault((seen.location, key), {})[event] = None
+
+    def unretain(self, event: int) -> RetentionSeen:
+        seen = self.retained.pop(event)
+        for key in seen.keys:
+            events = self.bars[(seen.location, key)]
+            del events[event]
+            if not events:
+                del self.bars[(seen.location, key)]
+        return seen
+
+    def barred(self, location: str, key: Key) -> List[int]:
+        """The events whose retention bars a key from eviction."""
+        return list(self.bars.get((location, key), ()))
 
 
 def deltas(effects: Sequence[Effect]) -> Dict[str, Dict[Key, None]]:

@@ -1,4 +1,4 @@
-"""The checkers in a World: give a ``Watch`` to it as its observer, and read ``watch.checker.violations``."""
+"""The checkers in a World: ``watch = attach(world)``, and ``watch.checker.violations`` says what went wrong."""
 
 from __future__ import annotations
 
@@ -42,3 +42,13 @@ class Watch:
         """Ask for what must hold once nothing is under way; all violations so far."""
         self.checker.quiet(world.now, world.machines)
         return self.checker.violations
+
+
+def attach(world: World, faults: bool = True) -> Watch:
+    """Watch a world from now on."""
+    watch = Watch(faults)
+    watch.checker.content = Memory(world.memory)
+    for name, machine in world.machines.items():
+        watch.checker.boot(name, machine)
+    world.observe = watch
+    return watch
