@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from heapq import heappush
-from typing import Any, Callable, Deque, Dict, List, Optional, Tuple, final
+from typing import Any, Callable, Deque, Dict, List, Optional, Sequence, Tuple, final
 
 from kvcore.protocol.config import ControllerSpec, WorkerSpec
 from kvcore.protocol.machine import (
@@ -67,6 +67,9 @@ class Cluster:
         self.observe: Optional[Observer] = None
         self.watched: bool = history.on
         self.queued: Optional[Callable[[Tuple[int, int], int], None]] = None
+        self.on_died: Callable[[str], None] = _ignore
+        #: bytes were written: (node, location, slots)
+        self.on_landed: Optional[Callable[[Node, str, Sequence[int]], None]] = None
         self.on_note: Callable[[Note], None] = _ignore
         self.on_action: Callable[[Any], None] = _ignore
         self.fabric: Fabric = Fabric(self.loop)
@@ -169,6 +172,7 @@ class Node:
         self.closed.clear()
         self.service_ns = self.cluster.profile.service_ns
         self.cluster.transfers.crashed(self)
+        self.cluster.on_died(self.name)
 
     def pause(self) -> None:
         if self.alive and not self.paused:

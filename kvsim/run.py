@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import gc
 from pathlib import Path
-from typing import Any, Dict, List, Mapping, Optional, Union, final
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Union, final
 
 from kvcore.protocol.machine import Command, Effect, Input, Machine, Note, Received, Record
 from kvcore.protocol.messages import Beat, Key
 from kvcore.protocol.worker import Worker
 from kvcore.scenario.build import Built, placement
+from kvcore.scenario.checks import Checker
 from kvcore.scenario.client import Client
 from kvcore.scenario.faults import (
     Action,
@@ -26,6 +27,7 @@ from kvcore.scenario.history import VERSION, FileHistory, Header, NoHistory
 from kvcore.scenario.result import Operation, PhaseTracker, Result
 from kvsim.costs import Profile
 from kvsim.loop import Entry
+from kvsim.memory import TORN
 from kvsim.node import Cluster, Node
 
 _FIRST_LOOK_NS = 100_000
@@ -101,6 +103,11 @@ class Simulation:
         self.cluster.on_note = self._note
         self.cluster.on_action = self._act
         self.cluster.queued = self.phases.queued
+        self.checker: Optional[Checker] = None
+        if check:
+            self.checker = Checker(self._content, bool(built.faults))
+            self.cluster.on_died = self.checker.died
+            self.cluster.on_landed = self._landed
         self.cluster.observed_by(self._observe)
 
     def play(self, max_events: Optional[int] = None) -> None:
@@ -112,6 +119,16 @@ class Simulation:
 
     def _observe(self, now: int, name: str, machine: Machine, item: Input, effects: List[Effect]) -> None:
         self.phases.step(now, name, item, effects)
+        if self.checker is not None:
+            self.checker.step(now, name, machine, item, effects)
+
+    def _content(self, name: str, location: str, slot: int) -> Optional[Key]:
+        key, _ = self.cluster.nodes[name].memory.slots[location].get(slot, TORN)
+        return key or None
+
+    def _landed(self, node: Node, location: str, slots: Sequence[int]) -> None:
+        if self.checker is not None and node.alive:
+            self.checker.touched(self.cluster.loop.now_ns, node.name, node.machine, location, slots)
 
     # ---- what the client says ---------------------------------------------------------------------------------------
     def _note(self, note: Note) -> None:
@@ -162,6 +179,9 @@ class Simulation:
             self.look_ns = min(self.look_ns * 5 // 4, self.built.config.retry_ns // 4 + 1)
             loop.at(loop.now_ns + self.look_ns, self._look, number)
         elif self.waiting == "finish":
+            if self.checker is not None:
+                nodes = self.cluster.nodes.values()
+                self.checker.quiet(loop.now_ns, {node.name: node.machine for node in nodes if node.alive})
             loop.stop()
         elif self.client is not None:
             self.waiting = ""
@@ -272,6 +292,7 @@ class Simulation:
             scenario=self.built.name,
             seed=self.built.seed,
             operations=operations,
+            violations=self.checker.violations if self.checker is not None else [],
             placement=placement(self.built, self._visible()),
             metrics=metrics,
             transport=f"simulated, profile {self.profile.name}",

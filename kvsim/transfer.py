@@ -250,6 +250,12 @@ class Transfers:
             copy_slots(ours, effect.slots[:whole], theirs, effect.peer_slots, effect.lens)
         if fraction < 1.0 and whole < len(effect.slots):
             self._tear_at(transfer, whole)
+        landed = self.cluster.on_landed
+        if landed is not None:
+            if effect.read:
+                landed(transfer.owner, effect.location, effect.slots)
+            else:
+                landed(transfer.peer, effect.peer_location, effect.peer_slots)
 
     def _tear_at(self, transfer: Transfer, index: int) -> None:
         """The chunk that was being written when the copy ended: whatever stood there is half overwritten."""
