@@ -8,14 +8,16 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from kvcore.scenario.result import Operation, Result
+from kvcore.scenario.result import Operation
 from kvmove import report
+from kvmove.compare import Comparison
 from kvmove.errors import FAILED, GOOD, RealUnavailable, UserError
-from kvmove.output import grid, plural, size
+from kvmove.output import duration, grid, percent, plural, size
 from kvmove.play import Played, Player, prepare
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
 
 SCENARIOS: Final = ("smoke/move.yaml", "smoke/prompt-4k.yaml")
 
@@ -24,6 +26,13 @@ A serving instance keeps the KV cache of the prompts it has seen, cut into chunk
 chunks from one instance to another, so that the other need not compute them again, and loses none of them whatever \
 fails on the way. The protocol is a handful of state machines without clocks or sockets. Below they run twice: under a \
 simulated clock, then as real processes on this machine, from the same scenario file."""
+
+PHASES: Final = {
+    "control": "the source pins its chunks, the destination reserves room",
+    "queue": "the copy waits for the transport, or for others",
+    "copy": "the bytes cross",
+    "commit": "the pin lived to the last byte: visible there, then deleted here",
+}
 
 NEXT: Final = (
     ("kvmove run scenarios/faults/*.yaml", "the same move while messages are lost and nodes crash"),
@@ -91,8 +100,7 @@ def _tell(screen: Console, played: Played) -> None:
     screen.print(facts)
     if played.comparison is not None and played.comparison.time:
         screen.print()
-        report.print_times(screen, played.comparison)
-        screen.print(_phases_explained(), style="dim")
+        screen.print(_times(played.comparison))
     if not played.good:
         for world in played.results:
             for line in report.verdicts(played, world):
@@ -104,7 +112,7 @@ def _tell(screen: Console, played: Played) -> None:
     screen.print()
 
 
-def _answers(played: Played) -> object:
+def _answers(played: Played) -> Table:
     """What was asked, and what each world answered."""
     headings = {"sim": "answered in simulation", "real": "for real"}
     table = grid("step", "asked", *(headings[world] for world in played.results))
@@ -121,14 +129,26 @@ def _answers(played: Played) -> object:
 
 
 def _answer(operation: Operation | None) -> str:
-    return "never asked" if operation is None else report.op_answer(operation)
+    if operation is None:
+        return "never asked"
+    if operation.what != "move" or not operation.event_id:
+        return report.op_answer(operation)
+    return f"at once: {operation.promised:,} tokens, event {operation.event_id}; then {report.op_answer(operation)}"
 
 
 def _facts(played: Played) -> list[tuple[str, str]]:
     found = []
     real = played.results.get("real")
     if real is not None:
-        found.append(("bytes", _bytes(real)))
+        moved = sum(one.bytes for one in real.phases)
+        found.append(("moved", f"{size(moved)}, carried by [bold]{real.transport}[/bold]"))
+        checked = size(int(real.metrics.get("bytes_checked", 0)))
+        found.append(
+            (
+                "bytes",
+                f"{checked} compared with what was stored; all memory around them was overwritten first",
+            )
+        )
     for world, result in played.results.items():
         spent = f"{played.wall_s[world]:.1f} s of wall time"
         nodes = plural(len(played.built.specs), "node")
@@ -147,20 +167,16 @@ def _facts(played: Played) -> list[tuple[str, str]]:
     return found
 
 
-def _bytes(real: Result) -> str:
-    moved = sum(one.bytes for one in real.phases)
-    checked = real.metrics.get("bytes_checked", 0)
-    return (
-        f"{size(moved)} moved, carried by {real.transport}; {size(int(checked))} compared byte for byte at the end,"
-        " by the process that holds them"
-    )
-
-
-def _phases_explained() -> str:
-    return (
-        "control: agreeing on what to move; queue: waiting for the copy to begin; copy: the bytes; "
-        "commit: fence, commit, release. error: how far the prediction is off."
-    )
+def _times(comparison: Comparison) -> Table:
+    """Each move's phases, with a word on what happens in them."""
+    table = grid("time of", "predicted", "measured", "error", "", right=("predicted", "measured", "error"))
+    for op in comparison.time:
+        whole = (duration(op.predicted_ns), duration(op.measured_ns), percent(op.error))
+        table.add_row(f"[bold]{op.op}[/bold]", *whole, "from request to end")
+        for name, phase in op.phases.items():
+            row = (duration(phase.predicted_ns), duration(phase.measured_ns), percent(phase.error))
+            table.add_row(f"  {name}", *row, f"[dim]{PHASES[name]}[/dim]")
+    return table
 
 
 def _next(screen: Console, place: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -25,6 +26,8 @@ from kvmove.examine import Replay, examine, replayed
 if TYPE_CHECKING:
     from kvreal.pool import Pool
 
+#: Modules that a real node imports, and the packages that they come from.
+REAL_NEEDS: Final = {"zmq": "pyzmq", "numpy": "numpy"}
 #: What a scenario may need (``needs:``) that real nodes know how to use.
 REAL_PROVIDES: Final[tuple[str, ...]] = ()
 
@@ -155,13 +158,14 @@ class Player:
 
 
 def _pool(transport: str) -> Pool:
-    try:
-        from kvreal.pool import Pool
-        from kvreal.transfer.base import TransferError
-    except ModuleNotFoundError as error:
+    missing = [package for module, package in REAL_NEEDS.items() if importlib.util.find_spec(module) is None]
+    if missing:
         raise RealUnavailable(
-            f"the real world cannot run here: {error.name} is not installed (pip install 'kvmove[real]')"
-        ) from None
+            f"the real world cannot run here: {' and '.join(missing)} not installed (pip install 'kvmove[real]')"
+        )
+    from kvreal.pool import Pool
+    from kvreal.transfer.base import TransferError
+
     try:
         return Pool(transport)
     except TransferError as error:
