@@ -18,6 +18,7 @@ from kvcore.scenario.valid_faults import ENDED, MESSAGES, STARTED
 Schema = Dict[str, Any]
 
 _PLAIN: Final[Dict[Any, str]] = {str: "string", int: "integer", float: "number", bool: "boolean", type(None): "null"}
+_VALUES: Final = "additionalProperties"
 #: Names that are good in one field: offered, and checked by valid.py.
 _NAMES: Final[Dict[Tuple[str, str], Tuple[str, ...]]] = {
     ("When", "sent"): MESSAGES,
@@ -92,15 +93,19 @@ def _allow_short(schema: Schema, defs: Dict[str, Schema], pattern: Path, field: 
         holder = _holder(_inside(holder, str(part)), defs)
     name = str(pattern[-1])
     table = holder["properties"] if name != "*" else holder
-    key = name if name != "*" else "items" if holder["type"] == "array" else "additionalProperties"
+    key = name if name != "*" else "items" if _is_list(holder) else _VALUES
     kinds = ["string", "integer", "array"] if field == "op" else ["string", "integer"]
     table[key] = {"anyOf": [table[key], {"type": kinds, "description": f"Short for {{{field}: ...}}."}]}
 
 
 def _inside(holder: Schema, part: str) -> Schema:
-    if part != "*":
-        return dict(holder["properties"][part])
-    return dict(holder["items"] if holder["type"] == "array" else holder["additionalProperties"])
+    """The schema of a field, of a mapping's values or of a list's items; itself, no copy, as it will be changed."""
+    inside: Schema = holder["properties"][part] if part != "*" else holder["items" if _is_list(holder) else _VALUES]
+    return inside
+
+
+def _is_list(holder: Schema) -> bool:
+    return bool(holder.get("type") == "array")
 
 
 def _holder(schema: Schema, defs: Dict[str, Schema]) -> Schema:
