@@ -56,14 +56,14 @@ class Engine:
         effect = filling.effect
         fate = filling.fate
         if fate is not None and (fate.fail or fate.stuck):
-            node.arrive(FillDone(effect.fid, False), None)
+            node.on_arrival(FillDone(effect.fid, False), None)
             return
         write = node.memory.write
         for slot, key, num_tokens in zip(effect.slots, effect.keys, effect.lens):
             write(effect.location, slot, key, num_tokens)
         if fate is not None and fate.corrupt:
             node.memory.tear(effect.location, effect.slots[:1])
-        node.arrive(FillDone(effect.fid, True), None)
+        node.on_arrival(FillDone(effect.fid, True), None)
 
     def read(self, node: Node, effect: StartRead, at_ns: int) -> None:
         """Bytes must be right when the reading starts and still when it ends."""
@@ -76,7 +76,7 @@ class Engine:
         node = reading.node
         if node.life == reading.life:
             good = reading.good and whole(node, reading.effect)
-            node.arrive(ReadDone(reading.effect.fid, good), None)
+            node.on_arrival(ReadDone(reading.effect.fid, good), None)
 
 
 def whole(node: Node, effect: StartRead) -> bool:

@@ -210,13 +210,13 @@ class Transfers:
             overhead_ns = transfer.path[1] + cluster.profile.transfer_overhead_ns(len(effect.slots))
             solo_ns = overhead_ns + ceil(transfer.nbytes / transfer.solo_rate())
             cluster.queued(effect.rid, max(0, cluster.loop.now_ns - transfer.start_ns - solo_ns))
-        transfer.owner.arrive(CopyDone(effect.rid, True), None)
+        transfer.owner.on_arrival(CopyDone(effect.rid, True), None)
 
     def _fail(self, transfer: Transfer, why: str) -> None:
         if transfer.ended:
             return
         self._stop(transfer)
-        transfer.owner.arrive(CopyDone(transfer.effect.rid, False, why), None)
+        transfer.owner.on_arrival(CopyDone(transfer.effect.rid, False, why), None)
 
     def _stop(self, transfer: Transfer) -> None:
         """End it where it is: what has crossed has landed."""
