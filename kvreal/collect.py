@@ -21,7 +21,6 @@ def merged(session: Session, path: Path) -> Tuple[Header, int]:
     built = session.built
     header = Header(VERSION, "real", built.name, built.seed, built)
     files = [file for file in session.histories if file.exists()]
-    path.parent.mkdir(parents=True, exist_ok=True)
     history.merge(files, path, header, lambda text: None)
     return header, len(files)
 

@@ -67,12 +67,13 @@ class Network:
         self.peers = {}
 
     def book(self, addresses: Dict[str, Address]) -> None:
-        """Who is where now: sockets to lives that are over are closed, with what was still queued in them."""
+        """Who is where now: sockets to lives that are over are closed, with what was still queued in them. A node
+        reaches itself (a move between its own locations) as it reaches others."""
         for name in list(self.peers):
             if addresses.get(name) != self.peers[name][0]:
                 self.peers.pop(name)[1].close(linger=0)
         for name, address in addresses.items():
-            if name in self.peers or name == self.address:
+            if name in self.peers:
                 continue
             socket = self.context.socket(zmq.PUSH)
             socket.setsockopt(zmq.LINGER, 0)

@@ -8,6 +8,7 @@ from typing import Final, List, Optional
 
 from kvcore.scenario.build import Built
 from kvcore.scenario.faults import Crash, FaultPlan
+from kvcore.scenario.history import HistoryError
 from kvcore.scenario.result import Result
 from kvreal import collect
 from kvreal.pool import HostError, Pool
@@ -38,6 +39,8 @@ def run(
     RunError (a child that cannot start, no memory, a history that cannot be written) and TransferError (a transport
     that is not there); anything else, Ctrl-C too, passes through once everything is reaped.
     """
+    if history is not None:
+        _writable(history)
     own = pool is None
     used = pool if pool is not None else Pool(transport)
     try:
@@ -48,6 +51,16 @@ def run(
     finally:
         if own:
             used.close()
+
+
+def _writable(path: Path) -> None:
+    """HistoryError before anything is started, if the history cannot go there."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("ab"):
+            pass
+    except OSError as error:
+        raise HistoryError(f"{path}: cannot write the history: {error.strerror}") from error
 
 
 def _run(

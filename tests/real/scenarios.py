@@ -11,7 +11,7 @@ HEAD = """
 name: {name}
 order: racing
 kv: {{bytes_per_token: 1 KiB, chunk: 16 tokens, direction: {direction}}}
-constants: {{scale: 0.1}}
+constants: {{scale: 0.1, copy_max: {copy_max}}}
 deadline: 20 s
 instances:
   a: {{ranks: {ranks}, locations: {{LocalCPUBackend: 1 MiB, LocalDiskBackend: 1 MiB}}}}
@@ -29,6 +29,6 @@ steps:
 
 def scenario(body: str = MOVE, faults: str = "", **head: Any) -> Built:
     """A scenario of two instances; ``faults``: YAML list items, or nothing."""
-    top = HEAD.format(**{"name": "test", "direction": "read", "ranks": 1, **head})
+    top = HEAD.format(**{"name": "test", "direction": "read", "ranks": 1, "copy_max": "6 s", **head})
     text = top + body + (f"faults:\n{faults}\n" if faults else "")
     return build(loads(text, "test.yaml"))
