@@ -12,6 +12,7 @@ from kvcore.protocol.messages import (
     End,
     Expelled,
     Fetch,
+    Pin,
     Registered,
     Retain,
     Rid,
@@ -29,8 +30,11 @@ if TYPE_CHECKING:
 def watch_pins(c: Checker, s: Scene) -> None:
     pins = s.worker.source.pins
     seen = s.shadow.pins
-    if len(pins) == len(seen) and all(seen.get(event) == pin.pid for event, pin in pins.items()):
-        return
+    if len(pins) == len(seen):
+        # A pin appears at Pin only, so elsewhere as many are the same; there, one may have lapsed and been made anew.
+        m = s.message
+        if not isinstance(m, Pin) or m.event not in pins or seen.get(m.event) == pins[m.event].pid:
+            return
     unpinned: List[int] = []
     for event in [event for event in seen if event not in pins or pins[event].pid != seen[event]]:
         del seen[event]
@@ -51,10 +55,15 @@ def watch_pins(c: Checker, s: Scene) -> None:
 def watch_retentions(c: Checker, s: Scene, effects: Sequence[Effect]) -> None:
     live = s.worker.destination.retentions
     seen = s.shadow.retained
+    if not seen and not live:
+        return
     if isinstance(s.message, (Fetch, Retain)) and s.message.event in seen:
         held = seen[s.message.event]
         if s.message.event in live and live[s.message.event].rid == held.rid:
             held.until_ns = s.now + held.retain_ns
+    said = [effect.msg.event for effect in effects if type(effect) is Send and type(effect.msg) is Committed]
+    if len(seen) == len(live) and all(e not in live or e in seen and live[e].rid == seen[e].rid for e in said):
+        return
     for event in [event for event, held in seen.items() if event not in live or live[event].rid != held.rid]:
         ended = _how_it_ended(s, s.shadow.unretain(event), event)
         ghost = c.ghosts.open.get(event)

@@ -187,7 +187,7 @@ class Checker:
 
     def whole(self, key: Key, ranks: int) -> bool:
         """Is a key at every rank of some instance? Not known with faults."""
-        return any(count == ranks for count in self.holders.get(key, {}).values())
+        return not self.faults and any(count == ranks for count in self.holders.get(key, {}).values())
 
     # ---- once quiet
     def quiet(self, now: int, machines: Mapping[str, Machine]) -> None:
