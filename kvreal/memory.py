@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import glob
 import mmap
 import os
 import sys
@@ -111,6 +112,22 @@ def kind_of(location: str) -> str:
     if "gpu" in name or "hbm" in name:
         return "gpu"
     return "disk" if "disk" in name or "file" in name else "cpu"
+
+
+def provides() -> Tuple[str, ...]:
+    """What a scenario may need (``needs:``) that nodes on this machine have: disk always, gpu where torch sees one."""
+    return ("disk", "gpu") if _gpu() else ("disk",)
+
+
+def _gpu() -> bool:
+    """Without importing torch where there is no device that it could find."""
+    if not glob.glob("/dev/nvidia[0-9]*"):
+        return False
+    try:
+        import torch
+    except ImportError:
+        return False
+    return bool(torch.cuda.is_available())
 
 
 class Memory:

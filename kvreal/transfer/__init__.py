@@ -8,6 +8,8 @@ from typing import List, Tuple
 from kvreal.memory import Memory
 from kvreal.transfer.base import Transfer, TransferError
 
+__all__ = ["NAMES", "Transfer", "TransferError", "available", "make", "resolve"]
+
 NAMES: Tuple[str, ...] = ("auto", "nixl", "tcp")
 
 
