@@ -26,6 +26,11 @@ from kvcore.scenario.valid_steps import step_mistakes, workload_mistakes
 
 _NAME: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:-]*\Z", re.ASCII)
 _RANKS_MAX: Final = 64
+#: What checks.py evaluates, by the names that its violations have.
+PROPERTIES: Final[Tuple[str, ...]] = (
+    *("Byte", "Loss", "Known", "Shared", "Clear", "Free", "Truth", "Retention", "Instance"),
+    *("Ends", "Leak", "View"),
+)
 _TOKEN_ID_MAX: Final = 2**32 - 1
 
 
@@ -42,6 +47,9 @@ def mistakes(scenario: Scenario) -> Iterator[Mistake]:
     yield from workload_mistakes(scenario)
     yield from fault_mistakes(scenario, config)
     yield from expect_mistakes(scenario)
+    for i, name in enumerate(scenario.violates):
+        if name not in PROPERTIES:
+            yield Mistake(("violates", i), unknown("property", name, PROPERTIES))
     if scenario.deadline.ns(config) <= 0:
         yield Mistake(("deadline",), f"found {scenario.deadline}, expected a duration above 0")
     if not 0 <= scenario.seed < 2**63:

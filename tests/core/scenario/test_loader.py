@@ -79,6 +79,7 @@ MISTAKES = [
     ("llama-3.1-8b", "llama-3.1-8", 5, 13, "kv.model", "; or else give bytes_per_token"),
     ("order: strict", "order: stric", 3, 8, "order", "expected strict or racing (did you mean 'strict'?)"),
     ("seed: 7", "without: [h99]", 4, 11, "without[0]", "unknown rule 'h99'"),
+    ("seed: 7", "violates: [byte]", 4, 12, "violates[0]", "(did you mean 'Byte'?)"),
     # quantities
     ("256 tokens", "256", 5, 34, "kv.chunk", "without a unit, expected a number of tokens"),
     ("2 GiB}}", "2}}", 7, 46, CPU, "without a unit"),

@@ -196,7 +196,7 @@ def scenarios(draw: st.DrawFn) -> Scenario:
         kv=Kv(chunk=ChunkTokens(64), bytes_per_token=Size(1024), direction=draw(st.sampled_from(["read", "push"]))),
         constants=draw(st.sampled_from([Constants(), Constants(scale=0.05, dead=Duration.parse("1 s"))])),
         without=draw(st.sampled_from([(), ("h03",)])),
-        violates=draw(st.sampled_from([(), ("loss",)])),
+        violates=draw(st.sampled_from([(), ("Loss",)])),
         prompts={"q": Prompt(ids=(1, 2, 3)), "r": Prompt(tokens=Tokens(64), shares={"q": 2}, salt=draw(texts))},
         instances=instances,
         network=Network(profile=draw(texts), links=links, switches=switches),
