@@ -33,7 +33,7 @@ from kvcore.protocol.machine import (
 from kvcore.protocol.worker import Worker
 from kvcore.scenario.build import AnySpec, Built, make_machine
 from kvcore.scenario.client import ClientSpec
-from kvcore.scenario.faults import FaultPlan, Verdict
+from kvcore.scenario.faults import FINE, FaultPlan, Verdict
 from kvcore.scenario.history import NoHistory
 from kvsim.costs import Profile
 from kvsim.engine import Engine
@@ -108,7 +108,7 @@ class Node:
         self.seed: int = seed
         self.bytes_per_token: int = bytes_per_token
         self.is_client: bool = isinstance(spec, ClientSpec)
-        self.machine: Machine = cluster.make(spec)
+        self.machine: Machine = Machine()  # none before the first boot
         self.handle: Callable[[int, Any], List[Effect]] = self.machine.handle
         self.timers: Timers = self.machine.timers
         self.worker: Optional[Worker] = None
@@ -133,7 +133,9 @@ class Node:
         self.site: Site = cluster.network.site(spec)
         self.peers: Dict[str, Node] = cluster.nodes
         self.uniform_ns: int = cluster.network.uniform_ns
-        self.on_arrival: Callable[[Any, Any], None] = self.arrive_asking if cluster.plan_active else self.arrive
+        self.on_arrival: Callable[[Any, Any], None] = self.arrive
+        if cluster.plan.watches_inputs:
+            self.on_arrival = self.arrive_asking
 
     # ---- lives ------------------------------------------------------------------------------------------------------
     def boot(self, _: Any = None, __: Any = None) -> None:
@@ -331,9 +333,19 @@ class Node:
 
     def _carry_asking(self, now: int, effects: List[Effect], leave: int) -> None:
         cluster = self.cluster
+        plan = cluster.plan
         turn = self.turn
         for effect in effects:
-            verdict = cluster.plan.effect(now, self.name, effect)
+            verdict = plan.effect(now, self.name, effect)
+            if verdict is FINE and type(effect) is not Send:
+                leave = self._carry(effect, leave)
+                continue
+            if verdict is FINE and not plan.blocks and not self.held:
+                peer = self.peers.get(effect.dst)  # type: ignore[union-attr]
+                if peer is not None:
+                    arrives_ns = leave + cluster.network.message_ns(self.site, peer.site)
+                    self.loop.at(arrives_ns, peer.on_arrival, Received(self.name, effect.msg))  # type: ignore[union-attr]
+                continue
             if isinstance(effect, Send):
                 self._send_asking(effect, verdict, leave)
             elif verdict.drop:

@@ -26,7 +26,6 @@ from kvcore.scenario.faults import (
 from kvcore.scenario.history import VERSION, FileHistory, Header, NoHistory
 from kvcore.scenario.result import Operation, PhaseTracker, Result
 from kvsim.costs import Profile
-from kvsim.loop import Entry
 from kvsim.memory import TORN
 from kvsim.node import Cluster, Node
 
@@ -189,19 +188,17 @@ class Simulation:
 
     def open_ends(self, first: bool = False) -> List[str]:
         """Why all is not quiet, one line a thing; ``first``: the first will do."""
-        found: List[str] = []
+        found = [f"on its way: {_shown(entry[3])}" for entry in self.cluster.loop.heap if _counts(entry[3])]
+        for transfer in self.cluster.transfers.active.values():
+            found.append(f"{transfer.owner.name}: copies for reservation {transfer.effect.rid[1]}")
         for node in self.cluster.nodes.values():
+            if first and found:
+                return found
             if node.alive:
                 found += [f"{node.name}: {why}" for why in node.machine.pending()]
                 found += [f"{node.name}: has not handled {_shown(item)}" for item in node.queue if _counts(item)]
             elif node.restarts_ns >= 0:
                 found.append(f"{node.name}: is to restart at {node.restarts_ns} ns")
-            if first and found:
-                return found
-        for transfer in self.cluster.transfers.active.values():
-            found.append(f"{transfer.owner.name}: copies for reservation {transfer.effect.rid[1]}")
-        if not (first and found):
-            found += [f"on its way: {_shown(entry[3])}" for entry in self.cluster.loop.heap if _in_flight(entry)]
         return found
 
     # ---- what faults do to nodes ------------------------------------------------------------------------------------
@@ -312,11 +309,7 @@ class Simulation:
 
 def _counts(item: Any) -> bool:
     """Is it something that quiet waits for? Beats never end."""
-    return isinstance(item, Record) and not (isinstance(item, Received) and isinstance(item.msg, Beat))
-
-
-def _in_flight(entry: Entry) -> bool:
-    return _counts(entry[3])
+    return isinstance(item, Record) and not (type(item) is Received and type(item.msg) is Beat)
 
 
 def _shown(item: Any) -> str:
