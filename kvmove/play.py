@@ -17,7 +17,7 @@ from kvcore.scenario.expect import expectations
 from kvcore.scenario.generate import expand
 from kvcore.scenario.history import read
 from kvcore.scenario.loader import load
-from kvcore.scenario.result import Result
+from kvcore.scenario.result import Result, Violation
 from kvcore.scenario.schema import Scenario
 from kvmove import compare
 from kvmove.errors import RealUnavailable
@@ -28,8 +28,6 @@ if TYPE_CHECKING:
 
 #: Modules that a real node imports, and the packages that they come from.
 REAL_NEEDS: Final = {"zmq": "pyzmq", "numpy": "numpy"}
-#: What a scenario may need (``needs:``) that real nodes know how to use.
-REAL_PROVIDES: Final[tuple[str, ...]] = ()
 
 Progress = Callable[[str], AbstractContextManager[None]]
 
@@ -60,10 +58,16 @@ class Played(msgspec.Struct):
 
     @property
     def good(self) -> bool:
-        """No violation, no hang, every expectation met, both worlds equal where both were asked."""
-        clean = all(not result.violations and not result.hung for result in self.results.values())
+        """Nothing violated but what it is meant to violate, no hang, every expectation met, both worlds equal where
+        both were asked."""
+        clean = all(not self.unexpected(world) and not result.hung for world, result in self.results.items())
         equal = self.comparison is None or self.comparison.equal
         return clean and equal and not any(self.failures.values()) and (self.replay is None or self.replay.equal)
+
+    def unexpected(self, world: str) -> list[Violation]:
+        """Violations of properties that the scenario does not name in ``violates``."""
+        meant = {name.lower() for name in self.scenario.violates}
+        return [one for one in self.results[world].violations if one.property.lower() not in meant]
 
 
 def silent(_what: str) -> AbstractContextManager[None]:
@@ -94,6 +98,7 @@ class Player:
         self.progress: Progress = progress
         self.budget: int = budget
         self.pool: Pool | None = _pool(transport) if "real" in worlds else None
+        self.provides: tuple[str, ...] = _provides() if "real" in worlds else ()
 
     def __enter__(self) -> Player:
         return self
@@ -108,11 +113,11 @@ class Player:
         """``log``: where the histories go, less their ending ``.sim.jsonl``. None stays if a run cannot end."""
         path, scenario, built = prepared.path, prepared.scenario, prepared.built
         played = Played(path, scenario, built)
-        missing = [need for need in built.needs if need not in REAL_PROVIDES]
+        missing = [need for need in built.needs if need not in self.provides]
         try:
             for world in self.worlds:
                 if world == "real" and missing:
-                    played.skipped = f"{path} needs {' and '.join(missing)}, which real nodes cannot use here"
+                    played.skipped = f"{path} needs {' and '.join(missing)}, which this machine lacks"
                     continue
                 history = log.with_name(f"{log.name}.{world}.jsonl")
                 played.histories[world] = history
@@ -122,10 +127,13 @@ class Player:
                     result = self._run(world, built, history)
                     played.wall_s[world] = time.perf_counter() - started
                 played.results[world] = result
-                played.failures[world] = expectations(scenario, result)
             if "real" in played.results:
                 with self.progress(f"comparing: {path}"):
                     self._compare(played)
+            for world, result in played.results.items():
+                broken = {one.property.lower() for one in result.violations}
+                unmet = [f"violates: expected {one}" for one in scenario.violates if one.lower() not in broken]
+                played.failures[world] = [*expectations(scenario, result), *unmet]
         except BaseException:
             for history in played.histories.values():
                 history.unlink(missing_ok=True)
@@ -155,6 +163,12 @@ class Player:
         played.replay = replay = replayed(*read(played.histories["sim"])) + replay
         outcome = compare.outcome(played.scenario.order, sim, real, lambda: schedules(played.built, self.budget))
         played.comparison = compare.Comparison(replay, outcome, compare.times(sim, real))
+
+
+def _provides() -> tuple[str, ...]:
+    from kvreal.memory import provides
+
+    return provides()
 
 
 def _pool(transport: str) -> Pool:

@@ -35,7 +35,7 @@ def print_run(screen: Console, played: Played, *, kept: bool) -> None:
         if kept:
             screen.print(f"  history: {played.histories[world]}", markup=False)
     if played.skipped:
-        screen.print(f"\n[bold]for real[/bold]: skipped: {played.skipped}")
+        screen.print(f"\n[bold]for real[/bold]: skipped: {played.skipped}", soft_wrap=True)
     if played.replay is not None:
         screen.print("\n[bold]compared[/bold]")
         print_replay(screen, played.replay)
@@ -94,13 +94,15 @@ def verdicts(played: Played, world: str) -> Iterator[str]:
     """What failed, each with the few events that show it; or one line that nothing did."""
     result = played.results[world]
     expected = len(played.scenario.expect)
-    if not result.violations and not result.hung and not played.failures[world]:
+    unexpected = played.unexpected(world)
+    if not unexpected and not result.hung and not played.failures[world]:
         met = f", {plural(expected, 'expectation')} met" if expected else ""
-        yield f"every property holds{met}"
+        meant = " and ".join(played.scenario.violates)
+        yield f"every property holds{f' but {meant}, as is meant' if meant else ''}{met}"
         return
     for who in result.hung:
         yield f"HUNG at its deadline: {who}"
-    for violation in result.violations:
+    for violation in unexpected:
         yield f"VIOLATION {violation.property} at {violation.node}, {duration(violation.t)}: {violation.text}"
         yield from ("    " + line for line in evidence.of_violation(played.histories[world], violation))
     shown = ""

@@ -163,11 +163,11 @@ def test_a_scenario_that_needs_what_is_missing_is_skipped_for_real_by_name(
     capsys: pytest.CaptureFixture[str], scenario: Path
 ) -> None:
     pytest.importorskip("zmq")
-    scenario.write_text("needs: [gpu]\n" + SCENARIO)
+    scenario.write_text("needs: [rdma]\n" + SCENARIO)
     assert call(["run", str(scenario)]) == 0
     assert call(["run", str(scenario), "--on", "both"]) == 2
     out, _ = capsys.readouterr()
-    assert f"skipped: {scenario} needs gpu" in out
+    assert f"skipped: {scenario} needs rdma, which this machine lacks" in out
 
 
 def test_history_shows_and_filters(capsys: pytest.CaptureFixture[str], scenario: Path, tmp_path: Path) -> None:
@@ -195,3 +195,18 @@ def test_schema_is_json_schema(capsys: pytest.CaptureFixture[str]) -> None:
     assert call(["scenario", "schema"]) == 0
     schema = json.loads(capsys.readouterr()[0])
     assert schema["title"] == "kvmove scenario" and "$schema" in schema
+
+
+def test_a_scenario_may_be_meant_to_violate_a_property(capsys: pytest.CaptureFixture[str], scenario: Path) -> None:
+    """Rule h03 off, or a corrupt copy: the check must notice, and not noticing is the failure."""
+    corrupt = SCENARIO.partition("expect:")[0] + "faults:\n  - copy: {corrupt: true}\n"
+    scenario.write_text(corrupt)
+    assert call(["run", str(scenario)]) == 1
+    out, _ = capsys.readouterr()
+    assert "VIOLATION Byte at b/0" in out and "copy 1 is done" in out
+    scenario.write_text("violates: [Byte]\n" + corrupt)
+    assert call(["run", str(scenario)]) == 0
+    assert "every property holds but Byte, as is meant" in capsys.readouterr()[0]
+    scenario.write_text("violates: [Byte]\n" + SCENARIO)
+    assert call(["run", str(scenario)]) == 1
+    assert "EXPECTED violates: expected Byte" in capsys.readouterr()[0]
