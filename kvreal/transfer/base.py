@@ -206,8 +206,6 @@ class Transfer:
             if rid in self.jobs:
                 return  # carried out twice: the first one's end answers both
             self.jobs[rid] = job
-        if copy.effect.read:
-            self.memory.soil(copy.effect.location, copy.effect.slots, poison=True)
         threading.Thread(target=self._run, args=(job,), name=f"copy {rid[1]}", daemon=True).start()
 
     def abort(self, rid: Rid) -> None:
@@ -295,6 +293,8 @@ class Transfer:
 
     def _carry(self, job: Job) -> str:
         fate = job.copy.fate
+        if job.copy.effect.read:
+            self.memory.soil(job.copy.effect.location, job.copy.effect.slots, poison=True)
         begun = time.monotonic_ns()
         transport = self._carry_locally(job) if job.copy.effect.peer == self.address else self.carry(job)
         if fate.stuck:  # what has landed has landed, but nobody is told
