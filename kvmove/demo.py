@@ -143,11 +143,9 @@ def _facts(played: Played) -> list[tuple[str, str]]:
         moved = sum(one.bytes for one in real.phases)
         found.append(("moved", f"{size(moved)}, carried by [bold]{real.transport}[/bold]"))
         checked = size(int(real.metrics.get("bytes_checked", 0)))
+        wiped = size(int(real.metrics.get("bytes_overwritten", 0)))
         found.append(
-            (
-                "bytes",
-                f"{checked} compared with what was stored; all memory around them was overwritten first",
-            )
+            ("bytes", f"{checked} compared with what was stored, after {wiped} of free memory was overwritten")
         )
     for world, result in played.results.items():
         spent = f"{played.wall_s[world]:.1f} s of wall time"

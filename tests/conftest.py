@@ -1,4 +1,4 @@
-"""For all tests: nothing is left running, generated examples are the same each time in CI, `real` needs its libraries."""
+"""For all tests: nothing is left running, CI generates the same examples each time, `real` needs its libraries."""
 
 from __future__ import annotations
 
