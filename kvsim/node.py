@@ -19,7 +19,6 @@ from kvcore.protocol.machine import (
     Effect,
     Input,
     Journal,
-    JournalRecord,
     Machine,
     Note,
     Received,
@@ -38,6 +37,7 @@ from kvcore.scenario.history import NoHistory
 from kvsim.costs import Profile
 from kvsim.engine import Engine
 from kvsim.fabric import Fabric
+from kvsim.journal import Journal as JournalFile
 from kvsim.loop import NEVER_NS, Loop
 from kvsim.memory import Memory
 from kvsim.network import Network, Site
@@ -77,6 +77,7 @@ class Cluster:
         self.transfers: Transfers = Transfers(self)
         self.engine: Engine = Engine(self)
         self.copy_max_ns: int = built.config.copy_max_ns
+        self.events_kept: int = built.config.events_kept
         self.nodes: Dict[str, Node] = {}
         for number, spec in enumerate(built.specs):
             self.nodes[spec.name] = Node(self, spec, built.bytes_per_token.get(spec.name, 0), number, built.seed)
@@ -99,6 +100,41 @@ class Cluster:
 
 @final
 class Node:
+    __slots__ = (
+        "alarm_ns",
+        "alive",
+        "bytes_per_token",
+        "closed",
+        "cluster",
+        "copies",
+        "gate_ns",
+        "handle",
+        "held",
+        "inputs",
+        "is_client",
+        "journal",
+        "life",
+        "loop",
+        "machine",
+        "memory",
+        "name",
+        "number",
+        "on_arrival",
+        "paused",
+        "peers",
+        "queue",
+        "restarts_ns",
+        "seed",
+        "service_ns",
+        "site",
+        "spec",
+        "timers",
+        "touching",
+        "turn",
+        "uniform_ns",
+        "worker",
+    )
+
     def __init__(self, cluster: Cluster, spec: AnySpec, bytes_per_token: int, number: int, seed: int) -> None:
         self.cluster: Cluster = cluster
         self.loop: Loop = cluster.loop
@@ -113,7 +149,7 @@ class Node:
         self.timers: Timers = self.machine.timers
         self.worker: Optional[Worker] = None
         self.memory: Memory = Memory([])
-        self.journal: List[JournalRecord] = []  # survives a crash
+        self.journal: JournalFile = JournalFile(cluster.events_kept)  # survives a crash
         self.alive: bool = False
         self.paused: bool = False
         self.restarts_ns: int = -1  # when it will be booted again, if it is to be
@@ -123,7 +159,7 @@ class Node:
         #: an input is taken at once from then on; NEVER while dead, paused, or while others wait in the queue
         self.gate_ns: int = NEVER_NS
         self.service_ns: int = cluster.profile.service_ns
-        self.queue: Deque[Input] = deque()
+        self.queue: Optional[Deque[Input]] = None  # made when first needed: there may be very many nodes
         self.alarm_ns: int = NEVER_NS
         self.copies: Dict[Tuple[int, int], Transfer] = {}  # mine, by rid
         self.touching: Dict[int, Transfer] = {}  # those that read from me or write to me
@@ -153,7 +189,7 @@ class Node:
             self.memory = Memory([location.name for location in spec.locations])
             boot = Boot(nonce=self._nonce())
         elif isinstance(spec, ControllerSpec):
-            boot = Boot(journal=tuple(self.journal))
+            boot = Boot(journal=self.journal.all())
         else:
             boot = Boot()
         self.gate_ns = self.loop.now_ns
@@ -169,7 +205,7 @@ class Node:
         self.paused = False
         self.gate_ns = NEVER_NS
         self.alarm_ns = NEVER_NS
-        self.queue.clear()
+        self.queue = None
         self.held.clear()
         self.closed.clear()
         self.service_ns = self.cluster.profile.service_ns
@@ -233,6 +269,8 @@ class Node:
 
     def _wait(self, item: Input) -> None:
         if self.alive:
+            if self.queue is None:
+                self.queue = deque()
             self.queue.append(item)
             if len(self.queue) == 1 and not self.paused:
                 self._drain_from_gate()
@@ -248,14 +286,15 @@ class Node:
 
     def drain(self, turn: int, _: Any) -> None:
         """Not busy any more: the next input in line."""
-        if turn == self.turn:
+        queue = self.queue
+        if turn == self.turn and queue:
             self.gate_ns = self.loop.now_ns
-            self.arrive(self.queue.popleft(), None)
-            if self.queue and turn == self.turn:
+            self.arrive(queue.popleft(), None)
+            if queue and turn == self.turn:
                 self._drain_from_gate()
 
     def has_queued(self, kind: type, rid: Tuple[int, int]) -> bool:
-        return any(type(item) is kind and item.rid == rid for item in self.queue)  # type: ignore[union-attr]
+        return any(type(item) is kind and item.rid == rid for item in self.queue or ())  # type: ignore[union-attr]
 
     # ---- the alarm --------------------------------------------------------------------------------------------------
     def arm(self) -> None:

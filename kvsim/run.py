@@ -196,7 +196,7 @@ class Simulation:
                 return found
             if node.alive:
                 found += [f"{node.name}: {why}" for why in node.machine.pending()]
-                found += [f"{node.name}: has not handled {_shown(item)}" for item in node.queue if _counts(item)]
+                found += [f"{node.name}: has not handled {_shown(item)}" for item in node.queue or () if _counts(item)]
             elif node.restarts_ns >= 0:
                 found.append(f"{node.name}: is to restart at {node.restarts_ns} ns")
         return found

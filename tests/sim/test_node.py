@@ -5,12 +5,27 @@ from __future__ import annotations
 from typing import List, Tuple
 
 from kvcore.protocol.config import Config
-from kvcore.protocol.machine import FillDone, Journal, Note, ReadDone, Received, Send, StartFill, StartRead
-from kvcore.protocol.machine import Incarnation as Record
-from kvcore.protocol.messages import Stop, Stopped
+from kvcore.protocol.machine import (
+    Begin,
+    EpochIssued,
+    FillDone,
+    Incarnation,
+    Journal,
+    JournalRecord,
+    Note,
+    Outcome,
+    ReadDone,
+    Received,
+    Send,
+    StartFill,
+    StartRead,
+)
+from kvcore.protocol.messages import MoveRequest, Namespace, Register, Stop, Stopped
 from kvcore.scenario.faults import Crash, Partition, Pause
 from kvcore.scenario.schema import CrashFault, Fault, PauseFault, When
 from kvcore.scenario.units import Duration
+from kvsim.journal import Journal as JournalFile
+from kvsim.journal import compacted
 from tests.sim.stubs import CPU, Stage
 
 
@@ -51,13 +66,13 @@ def test_a_busy_node_takes_its_inputs_one_by_one_in_order() -> None:
 def test_what_follows_a_journal_waits_for_it() -> None:
     stage = Stage()
     start = stage.loop.now_ns
-    stage.do("ctl", Send("a/0", message(1)), Journal(Record(7)), Send("a/0", message(2)))
+    stage.do("ctl", Send("a/0", message(1)), Journal(Incarnation(7)), Send("a/0", message(2)))
     stage.loop.advance(10**9)
     assert numbers(stage, "a/0") == [(start + 1100, 1), (start + 1200, 2)]  # 1110, but a is busy until 1200
-    assert stage.node("ctl").journal == [Record(7)]
+    assert stage.node("ctl").journal.records == [Incarnation(7)]
     stage.node("ctl").crash()
     stage.node("ctl").boot()
-    assert stage.node("ctl").journal == [Record(7)]
+    assert stage.node("ctl").journal.records == [Incarnation(7)]
 
 
 def test_the_alarm_follows_the_earliest_deadline() -> None:
@@ -206,3 +221,28 @@ def test_a_partition_lets_nothing_through() -> None:
     stage.do("a/0", Send("b/0", message(3)))
     stage.loop.advance(10**9)
     assert [n for _, n in numbers(stage, "b/0")] == [3]
+
+
+def test_a_journal_drops_what_no_restart_asks_for() -> None:
+    register = Register("a", 0, 1, Namespace(), ())
+    records: List[JournalRecord] = [Incarnation(1)]
+    records += [EpochIssued("a/0", 1, register), EpochIssued("a/0", 2, register), Incarnation(2)]
+    request = MoveRequest("m", ("a", CPU), ("b", CPU))
+    for event in range(1, 6):
+        records.append(Begin(event, request))
+        if event != 2:  # still open
+            records.append(Outcome(event, "done"))
+    kept = compacted(records, 2)
+    assert kept == [
+        EpochIssued("a/0", 2, register),
+        Incarnation(2),
+        Begin(2, request),
+        Begin(4, request),
+        Outcome(4, "done"),
+        Begin(5, request),
+        Outcome(5, "done"),
+    ]
+    journal = JournalFile(2)
+    for event in range(30_000):
+        journal.append(Outcome(event, "done"))
+    assert len(journal.all()) < 10_100
