@@ -146,6 +146,8 @@ def _registry() -> None:
     row("probing", "probe timer", "silence: issue an epoch", "succeeding", "h32", "Journal Registered")
     row("unknown", "Beat", "that epoch is over", "", "", "Expelled")
     row("issued", "Beat", "believe it", "believed", "h32", "Note")
+    row("issued", "Beat: another rank, believed meanwhile, has another namespace", "that epoch is over", "unknown", "",
+        "Expelled")
     row("succeeding", "Beat: of the successor", "believe it, the known one is out", "believed", "h32", "Note")
     row("succeeding, probing", "Beat: of the known process", "it lives")
     row("believed", "Beat", "it lives", "", "", "")

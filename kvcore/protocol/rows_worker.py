@@ -29,6 +29,9 @@ def _birth() -> None:
     row("registered, expelled", "Registered: again", "ignored: not above the last epoch")
     row("new", "Registered: of another process", "ignored: not my nonce", "", "h32")
     row("new, expelled", "RegisterRefused", "stop asking", "refused", "", "Note")
+    row("new, expelled", "RegisterRefused: mismatch", "note it and ask on: its mates may be about to go", "refused", "",
+        "Note")
+    row("refused", "register timer: after a mismatch", "register again", "", "", "Register")
     row("new, expelled", "RegisterRefused: of another process", "ignored: not my nonce")
     row("refused", "RegisterRefused", "say so again", "", "", "Note")
     row("registered", "RegisterRefused", "ignored: I have an epoch")
@@ -46,6 +49,8 @@ def _birth() -> None:
     row(UNBORN, "Resync, Clear, PeerGone", "refused: no epoch", "", "", "Note")
     row("registered", "Clear: of a lower incarnation", "refused: its controller has been succeeded", "", "h28", "Note")
     row("registered", "Command: full", "an injected fault: nothing can be taken")
+    row("registered", "Command: unmount", "an injected fault: a location goes with its bytes; end its pins, reservations,"
+        " retentions and user pins, raise its incarnation", "", "h20", "Note Beat")
 
 
 def _source() -> None:

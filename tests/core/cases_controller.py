@@ -360,6 +360,17 @@ def unlike_its_mate(state: str) -> Tuple[Story, Act]:
     return w, lambda: hear(w, "b/0", register(w, dtype="float8"))
 
 
+def overtaken_by_its_mate(state: str) -> Tuple[Story, Act]:
+    """Both ranks are gone; (b, 0) registers with another namespace than (b, 1), which is believed first."""
+    w = place_in("unknown", 2)
+    w.give("ctl", TimerFired(("dead", number("b/1")(w), 0)))
+    hear(w, "b/0", register(w, dtype="float8"))
+    epoch = issued(w)
+    hear(w, "b/1", register(w, rank=1))
+    hear(w, "b/1", beat(epoch + 1, 0))
+    return w, lambda: hear(w, "b/0", beat(epoch, 0))
+
+
 def restored(state: str) -> Tuple[Story, Act]:
     w = place_in("believed")
     boot(w)
@@ -392,6 +403,7 @@ REGISTRY: Dict[str, Case] = {
     "Alive: of another probe": place_hears(lambda w: Alive(CLAIM + 1, known(w), 1)),
     "probe timer": place(lambda w: w.give("ctl", TimerFired(("probe", number("b/0")(w), 0)))),
     "Beat": beats,
+    "Beat: another rank, believed meanwhile, has another namespace": overtaken_by_its_mate,
     "Beat: of the successor": place_hears(lambda w: beat(issued(w), 0)),
     "Beat: of the known process": place_hears(lambda w: beat(known(w), 1)),
     "Beat: seq is not the view's": place_hears(lambda w: beat(known(w), 5)),

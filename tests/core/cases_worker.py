@@ -107,6 +107,12 @@ def first_boot(state: str) -> Tuple[Story, Act]:
     return w, lambda: w.give("b/0", Boot(nonce=7))
 
 
+def mismatched(state: str) -> Tuple[Story, Act]:
+    w = born("new")
+    hear(w, RegisterRefused(1, 7, "mismatch", "one", "two"))
+    return w, lambda: w.due(w.node, w.specs["b/0"].config.retry_ns)
+
+
 def succeeded(w: Story) -> List[Effect]:
     hear(w, Probe(5, 0))
     return hear(w, clear(w))
@@ -130,6 +136,8 @@ BIRTH: Dict[str, Case] = {
     "Registered: again": birth_hears(lambda w: Registered(1, nonce(w), w.worker(w.node).last_epoch)),
     "Registered: of another process": birth_hears(lambda w: Registered(1, 99, event_id(1, 70))),
     "RegisterRefused": birth_hears(lambda w: RegisterRefused(1, nonce(w), "duplicate_id", "one", "two")),
+    "RegisterRefused: mismatch": birth_hears(lambda w: RegisterRefused(1, nonce(w), "mismatch", "one", "two")),
+    "register timer: after a mismatch": mismatched,
     "RegisterRefused: of another process": birth_hears(lambda w: RegisterRefused(1, 99, "duplicate_id", "one", "two")),
     "Probe": birth_hears(lambda w: Probe(1, 5)),
     "Expelled": birth_hears(expelled),
@@ -141,6 +149,7 @@ BIRTH: Dict[str, Case] = {
     "Clear: of a lower incarnation": birth(succeeded),
     "PeerGone": birth_hears(lambda w: PeerGone(1, "a/0", 1)),
     "Command: full": birth(lambda w: w.give(w.node, Command("full", (CPU, "on")))),
+    "Command: unmount": birth(lambda w: w.give(w.node, Command("unmount", (CPU, "on")))),
 }
 
 
