@@ -32,7 +32,7 @@ CASES: Final[Tuple[Case, ...]] = (
         AB,
         AT_A,
         (move("m", "a", "b"),),
-        budget=Budget(lapse=1, cancel=1, fail=1, late=1),
+        budget=Budget(timeout=1, lapse=1, cancel=1, fail=1, late=1),
         reach=(DONE, "failed:cancelled", "released:pin_gone", "refused:source_changed", "refused:copy_failed"),
     ),
     Case(
@@ -56,7 +56,7 @@ CASES: Final[Tuple[Case, ...]] = (
         AB,
         AT_A,
         (move("m", "a", "b"),),
-        budget=Budget(crash=("ctl",), lapse=1),
+        budget=Budget(timeout=1, crash=("ctl",), lapse=1),
         reach=(DONE, "decided"),
     ),
     Case(
@@ -89,8 +89,7 @@ CASES: Final[Tuple[Case, ...]] = (
         AB,
         AT_A,
         (move("m", "a", "b"),),
-        budget=Budget(pause=1, evict=1, store=1),
-        foreign=(("b/0", Z), ("b/0", Y)),
+        budget=Budget(pause=1, evict=1),
         reach=(DONE, "retention_lapsed", "pin_lapsed", "done:source_unreachable kept"),
     ),
     Case(
@@ -107,7 +106,7 @@ CASES: Final[Tuple[Case, ...]] = (
         AT_A,
         (move("m", "a", "b"),),
         push=True,
-        budget=Budget(lapse=1, cancel=1, fail=1, late=1),
+        budget=Budget(timeout=1, lapse=1, cancel=1, fail=1, late=1),
         reach=(DONE, "Stopped", "refused:source_changed"),
     ),
     Case(

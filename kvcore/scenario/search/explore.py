@@ -72,6 +72,8 @@ class Budget(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Long silences: every deadline up to a retention's passes."""
     fail: int = 0
     """Copies that fail."""
+    timeout: int = 0
+    """Reservations that end because nobody answered."""
     late: int = 0
     """Bytes of a copy that land once more before it is known to have ended."""
     ids: int = 2
@@ -211,7 +213,8 @@ class Explorer:
 
     def _timers(self, world: World, used: Dict[str, int]) -> Iterator[Action]:
         lapse = used.get("lapse", 0) < self.case.budget.lapse
-        kinds = {"retry", "fanout", "quarantine", "reservation", "probe"}
+        kinds = {"retry", "fanout", "quarantine", "probe"}
+        kinds |= {"reservation"} if used.get("timeout", 0) < self.case.budget.timeout else set()
         kinds |= {"lease"} if lapse else set()
         kinds |= {"beat"} if self.case.view else set()
         for node in world.machines:
@@ -261,8 +264,9 @@ class Explorer:
         elif kind == "window":
             world.close_window(action[1], action[2], action[3])
         elif kind == "timer":
-            if action[2][0] == "lease":
-                used["lapse"] = used.get("lapse", 0) + 1
+            budgeted = {"lease": "lapse", "reservation": "timeout"}.get(action[2][0])
+            if budgeted is not None:
+                used[budgeted] = used.get(budgeted, 0) + 1
             world.fire(action[1], action[2])
         elif kind == "crash":
             used[f"crash {action[1]}"] = 1

@@ -18,7 +18,7 @@ from kvcore.protocol.controller import Controller
 from kvcore.protocol.machine import Machine, Timers
 from kvcore.protocol.registry import Place
 from kvcore.protocol.worker import Worker
-from kvcore.scenario.world import World
+from kvcore.scenario.world import Letter, World
 
 _TABLES = ("on_message", "on_birth", "on_input", "on_timer", "commands")
 _SHARED = (Config, Rules, WorkerSpec, ControllerSpec)
@@ -30,6 +30,7 @@ class Freezer:
     def __init__(self) -> None:
         self.shared: List[Any] = []
         self.index: Dict[int, int] = {}
+        self.letters: Dict[Letter, bytes] = {}
 
     def dumps(self, value: Any) -> bytes:
         buffer = io.BytesIO()
@@ -48,6 +49,13 @@ class Freezer:
     def loads(self, data: bytes) -> Any:
         _current[0] = self.shared
         return pickle.loads(data)
+
+    def letter(self, letter: Letter) -> bytes:
+        """A message's digest, computed once."""
+        known = self.letters.get(letter)
+        if known is None:
+            known = self.letters[letter] = digest(letter)
+        return known
 
     def machine(self, machine: Machine) -> bytes:
         fields = vars(machine)
@@ -140,16 +148,17 @@ def freeze(world: World, freezer: Freezer, before: Optional[State], extra: Any, 
             digests[name] = before.digests[name]
         else:
             machines[name] = freezer.machine(live[name])
-            digests[name] = _digest(canonical(live[name]))
+            digests[name] = digest(live[name])
     rest = {name: _copy(getattr(world, name)) for name in _REST}
     rest["fresh"] = dict(world.fresh)
     rest["memory"] = {at: dict(slots) for at, slots in world.memory.items()}
     rest["journal"] = list(world.journal)
     state = State(machines, digests, rest, freezer.dumps(extra), depth)
-    parts = [sorted(digests.items()), canonical({name: rest[name] for name in (*_REST, "memory")}), extra_digest]
     # A network that only grows: in which order messages were first sent makes no difference.
-    parts[1] = [sorted(_digest(canonical(letter)) for letter in world.sent), parts[1]]
-    state.digest = _digest(parts)
+    letters = sorted(freezer.letter(letter) for letter in world.sent)
+    tables = [_listed(rest[name]) if isinstance(rest[name], dict) else rest[name] for name in _REST if name != "sent"]
+    memory = [[at, slots] for at, slots in rest["memory"].items()]
+    state.digest = digest([sorted(digests.items()), letters, tables, memory, extra_digest])
     return state
 
 
@@ -173,29 +182,36 @@ def thaw(template: World, state: State, freezer: Freezer) -> Tuple[World, Any]:
     return world, freezer.loads(state.extra)
 
 
-def _digest(value: Any) -> bytes:
+def digest(value: Any) -> bytes:
+    """Sixteen bytes, equal for equal states.
+
+    The order of every table's keys counts, not only that of a pool's index: that may tell apart states that behave
+    alike, never the other way round. Stale timers and counts of what was ever set are no part of a state.
+    """
     return hashlib.blake2b(_ENCODER.encode(value), digest_size=16).digest()
 
 
-_ENCODER = msgspec.msgpack.Encoder(enc_hook=lambda value: canonical(value))
-_SKIP = frozenset({*_TABLES, "spec", "config", "rules", "on_ended", "count", "heap", "sent", "born_ns"})
+_SKIP = frozenset({*_TABLES, "spec", "config", "rules", "on_ended", "born_ns", "content"})
 
 
-def canonical(value: Any) -> Any:
-    """Nested lists of plain values, equal for equal states. The order of every table's keys counts, not only that of a
-    pool's index: that may tell apart states that behave alike, never the other way round."""
-    kind = type(value)
-    if kind in (int, str, bytes, bool, float) or value is None:
-        return value
-    if kind is dict:
-        return [[canonical(key), canonical(held)] for key, held in value.items()]
-    if kind in (list, tuple):
-        return [canonical(item) for item in value]
-    if kind is Timers:
-        return sorted([list(name), when[0]] for name, when in value.deadlines.items())
-    if kind is Place:
+def _plain(value: Any) -> Any:
+    """A machine's own object as plain values; what that holds comes here in turn."""
+    if isinstance(value, Timers):
+        return sorted([name, when[0]] for name, when in value.deadlines.items())
+    if isinstance(value, Place):
         return [value.instance, value.location]
-    if isinstance(value, msgspec.Struct):
-        return [kind.__name__, *[canonical(getattr(value, name)) for name in value.__struct_fields__]]
     fields = vars(value)
-    return [kind.__name__, *[canonical(fields[name]) for name in fields if name not in _SKIP]]
+    return [
+        type(value).__name__,
+        *[_listed(held) if type(held) is dict else held for name, held in fields.items() if name not in _SKIP],
+    ]
+
+
+def _listed(table: Dict[Any, Any]) -> Any:
+    """A table whose keys msgpack cannot hold, as pairs."""
+    for key in table:
+        return [[held, other] for held, other in table.items()] if type(key) in (tuple, Place) else table
+    return table
+
+
+_ENCODER = msgspec.msgpack.Encoder(enc_hook=_plain)
