@@ -54,7 +54,7 @@ bench: $(VENV)/.stamp
 # The compiled form of the core, in build/fast, and the suite on it. The source tree stays pure.
 fast: $(VENV)/.stamp
 	@rm -rf build/fast && mkdir -p build/fast
-	@cp -r kvcore kvsim kvreal kvmove scenarios tests setup.py pyproject.toml README.md build/fast/
+	@cp -r kvcore kvsim kvreal kvmove scenarios profiles tests setup.py pyproject.toml README.md build/fast/
 	cd build/fast && KVMOVE_COMPILE=1 ../../$(BIN)/python setup.py -q build_ext --inplace
 	cd build/fast && PYTHONPATH=$(CURDIR)/build/fast ../../$(BIN)/python -m kvmove --version
 	cd build/fast && PYTHONPATH=$(CURDIR)/build/fast ../../$(BIN)/python -m pytest -m "not real" $(ARGS)
