@@ -46,7 +46,7 @@ class Engine:
         if fate is not None:
             if fate.stuck:
                 took_ns = cluster.copy_max_ns
-            took_ns = round(took_ns * fate.slow)
+            took_ns = round(took_ns * fate.slow) + fate.delay_ns
         cluster.loop.at(at_ns + took_ns, self._filled, Filling(node, effect, fate))
 
     def _filled(self, filling: Filling, _: Any) -> None:

@@ -39,6 +39,7 @@ class Transfer:
         "epoch",
         "fate",
         "fid",
+        "knocking",
         "nbytes",
         "number",
         "owner",
@@ -60,6 +61,7 @@ class Transfer:
         self.fid: int = 0  # 0: no bytes are moving
         self.crossed: float = 0.0  # the fraction of the bytes that earlier flows of this copy have carried
         self.ended: bool = False
+        self.knocking: bool = False  # its peer is stopped, and cannot let it in
 
     def target(self) -> Memory:
         return self.owner.memory if self.effect.read else self.peer.memory
@@ -108,13 +110,12 @@ class Transfers:
             peer.memory.tear(effect.peer_location, effect.peer_slots)
             path = cluster.network.path(owner.site, effect.location, peer.site, effect.peer_location)
         transfer.path = path
-        profile = cluster.profile
-        overhead_ns = profile.transfer_ns + profile.descriptor_ns * len(effect.slots) + path[1]
         if cluster.plan_active:
-            self._start_asking(transfer, overhead_ns, at_ns - cluster.loop.now_ns)
-            return
-        after_ns = at_ns - cluster.loop.now_ns + overhead_ns
-        transfer.fid = cluster.fabric.start(path[0], nbytes, self._crossed, transfer, path[2], after_ns)
+            transfer.fate = cluster.plan.copy(cluster.loop.now_ns, owner.name, effect)
+        if peer.paused:
+            transfer.knocking = True
+        else:
+            self._begin(transfer, at_ns - cluster.loop.now_ns)
 
     def _refusal(self, transfer: Transfer) -> str:
         peer = transfer.peer
@@ -127,21 +128,22 @@ class Transfers:
             return WINDOW_CLOSED
         return ""
 
-    def _start_asking(self, transfer: Transfer, overhead_ns: int, after_ns: int) -> None:
-        """As far as the fault plan lets it go."""
-        cluster = self.cluster
-        fate = cluster.plan.copy(cluster.loop.now_ns, transfer.owner.name, transfer.effect)
-        transfer.fate = fate
+    def _begin(self, transfer: Transfer, after_ns: int) -> None:
+        """Its peer lets it in: as far as the fault plan lets it go, if that was asked."""
+        profile = self.cluster.profile
         links, latency_ns, cap = transfer.path
         nbytes = transfer.nbytes
-        if fate.fail or fate.stuck:
-            nbytes = int(nbytes * fate.fraction)
-        if fate.slow > 1.0:
-            transfer.path = (links, latency_ns, transfer.solo_rate() * 1e9 / fate.slow)
-            overhead_ns = round(overhead_ns * fate.slow)
-        transfer.fid = cluster.fabric.start(
-            links, nbytes, self._crossed, transfer, transfer.path[2], after_ns + overhead_ns
-        )
+        overhead_ns = profile.transfer_ns + profile.descriptor_ns * len(transfer.effect.slots) + latency_ns
+        fate = transfer.fate
+        if fate is not None:
+            if fate.fail or fate.stuck:
+                nbytes = int(nbytes * fate.fraction)
+            if fate.slow > 1.0:
+                cap = transfer.solo_rate() * 1e9 / fate.slow
+                transfer.path = (links, latency_ns, cap)
+                overhead_ns = round(overhead_ns * fate.slow)
+            after_ns += fate.delay_ns
+        transfer.fid = self.cluster.fabric.start(links, nbytes, self._crossed, transfer, cap, after_ns + overhead_ns)
 
     def abort(self, owner: Node, rid: Rid, at_ns: int) -> None:
         """AbortCopy: whatever has crossed by now has landed; nothing will after CopyStopped."""
@@ -175,16 +177,27 @@ class Transfers:
             cluster.loop.at(cluster.loop.now_ns + cluster.profile.peer_death_ns, self._fail, transfer, PEER_GONE)
 
     def paused(self, node: Node) -> None:
-        """A stopped process moves no bytes; what others read from it or write to it goes on."""
+        """A stopped process moves no bytes, and lets nobody in; what others have begun with it goes on."""
         for transfer in node.copies.values():
             self._halt(transfer)
 
     def resumed(self, node: Node) -> None:
         for transfer in node.copies.values():
             links, _, cap = transfer.path
-            if transfer.fid == 0 and links and not _is_stuck(transfer):
+            if transfer.knocking:
+                self._let_in(transfer)
+            elif transfer.fid == 0 and links and not _is_stuck(transfer):
                 left = int(transfer.nbytes * (1.0 - transfer.crossed))
                 transfer.fid = self.cluster.fabric.start(links, left, self._crossed, transfer, cap)
+
+        for transfer in node.touching.values():
+            if transfer.knocking:
+                self._let_in(transfer)
+
+    def _let_in(self, transfer: Transfer) -> None:
+        if not transfer.owner.paused and not transfer.peer.paused:
+            transfer.knocking = False
+            self._begin(transfer, 0)
 
     # ---- ends -------------------------------------------------------------------------------------------------------
     def _crossed(self, transfer: Transfer) -> None:

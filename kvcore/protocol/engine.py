@@ -94,7 +94,9 @@ class Engine:
             )
 
     def on_fill_done(self, now: int, item: FillDone, out: List[Effect]) -> None:
-        fill = self.fills.pop(item.fid)
+        fill = self.fills.pop(item.fid, None)
+        if fill is None:
+            return  # said twice
         if item.ok and fill.clears == fill.pool.clears:
             self._stored(now, fill, out)
             return
@@ -134,7 +136,9 @@ class Engine:
         out.append(StartRead(self.counter, m.location, tuple(slots), m.keys[:n], m.lens[:n], m.hold_ns))
 
     def on_read_done(self, now: int, item: ReadDone, out: List[Effect]) -> None:
-        read = self.reads.pop(item.fid)
+        read = self.reads.pop(item.fid, None)
+        if read is None:
+            return  # said twice
         if self.config.rules.h27:
             for slot in read.slots:
                 read.pool.unref(slot)
@@ -167,6 +171,11 @@ class Engine:
 
     def on_hold_timer(self, now: int, name: Tuple[str, int, int], out: List[Effect]) -> None:
         self._unhold(name[1])
+
+    def lose(self, pool: Pool) -> None:
+        """The bytes of a location are gone: no user's pin keeps them."""
+        for event in [event for event, hold in self.holds.items() if hold.pool is pool]:
+            self._unhold(event)
 
     def _unhold(self, event: int) -> None:
         hold = self.holds.pop(event, None)

@@ -49,8 +49,8 @@ def _birth() -> None:
     row(UNBORN, "Resync, Clear, PeerGone", "refused: no epoch", "", "", "Note")
     row("registered", "Clear: of a lower incarnation", "refused: its controller has been succeeded", "", "h28", "Note")
     row("registered", "Command: full", "an injected fault: nothing can be taken")
-    row("registered", "Command: unmount", "an injected fault: a location goes with its bytes; end its pins, reservations,"
-        " retentions and user pins, raise its incarnation", "", "h20", "Note Beat")
+    row("registered", "Command: unmount", "an injected fault: a location and its bytes are gone; end its pins, user"
+        " pins, reservations and retentions, raise its incarnation", "", "h20", "Note Beat")
 
 
 def _source() -> None:

@@ -142,6 +142,11 @@ class Source:
             self.finished[event] = pin
         return pin
 
+    def lose(self, pool: Pool) -> None:
+        """The bytes of a location are gone, and the permission to read them with them."""
+        for event in [event for event, pin in self.pins.items() if pin.pool is pool]:
+            self._unpin(event)
+
     def on_release(self, now: int, src: str, m: Release, out: List[Effect]) -> None:
         rules = self.config.rules
         pin = self.pins.get(m.event)

@@ -305,13 +305,26 @@ class Worker(Machine):
         self.destination.window_closed(item.peer, item.epoch)
 
     def on_command(self, now: int, item: Command, out: List[Effect]) -> None:
-        """``full`` (location, on | off): an injected fault, nothing can be taken. ``evict`` (location): one chunk."""
-        if item.what == "full":
-            self.pools[item.args[0]].full = item.args[1] == "on"
+        """``full`` (location, on | off): an injected fault, nothing can be taken. ``unmount`` (location, on | off): all
+        that is there is gone as well. ``evict`` (location): one chunk."""
+        if item.what in ("full", "unmount"):
+            pool = self.pools[item.args[0]]
+            pool.full = item.args[1] == "on"
+            if pool.full and item.what == "unmount":
+                self._lose(now, pool, out)
         elif item.what == "evict":
             self.pools[item.args[0]].evict()
         else:
             raise ProtocolError(f"{self.spec.name}: a worker has no command {item.what}")
+
+    def _lose(self, now: int, pool: Pool, out: List[Effect]) -> None:
+        """Unlike a clear it takes the bytes: whatever pins them is over too."""
+        self.destination.clear(now, pool, out)
+        self.source.lose(pool)
+        self.engine.lose(pool)
+        out.append(Note("unmounted", 0, f"{pool.name}: {pool.clear()} chunks"))
+        if self.epoch:
+            self.on_beat_timer(now, BEAT, out)
 
     def pending(self) -> List[str]:
         source = self.source

@@ -34,7 +34,7 @@ def vanished(c: Checker, s: Scene, location: str, slots: Dict[Key, int]) -> None
     if isinstance(m, Release):
         for key, slot in slots.items():
             _moved_away(c, s, location, key, slot, m)
-    elif isinstance(m, Clear):
+    elif isinstance(m, Clear) or unmounts(s.item, location):
         for key in slots:
             c.ghosts.cleared((s.node, location), key)
             c.holds(s.shadow, location, key, -1)
@@ -54,6 +54,11 @@ def vanished(c: Checker, s: Scene, location: str, slots: Dict[Key, int]) -> None
         if key in kids:
             text = f"{short(key)} was dropped, its child is still in {location}"
             c.say("Shared", s.node, s.now, text, m.event if isinstance(m, Release) else 0)
+
+
+def unmounts(item: Input, location: str) -> bool:
+    """Does an injected fault take the location away, with all that is in it?"""
+    return isinstance(item, Command) and item.what == "unmount" and item.args == (location, "on")
 
 
 def _evicted(c: Checker, s: Scene, location: str, key: Key) -> None:

@@ -20,7 +20,7 @@ from kvcore.protocol.pool import Pool
 from kvcore.protocol.worker import Worker
 from kvcore.scenario.check_commit import Write, watch_pins, watch_retentions, watch_writes
 from kvcore.scenario.check_ghosts import Ghosts, Place
-from kvcore.scenario.check_loss import Scene, vanished
+from kvcore.scenario.check_loss import Scene, unmounts, vanished
 from kvcore.scenario.check_quiet import quiet_lines
 from kvcore.scenario.check_shadow import Shadow, deltas
 from kvcore.scenario.check_slots import recount, short
@@ -134,7 +134,8 @@ class Checker:
         if lost:
             vanished(self, s, pool.name, lost)
         m = s.message
-        if type(m) is Clear and m.location == pool.name and m.inc == old.inc:
+        emptied = type(m) is Clear and m.location == pool.name and m.inc == old.inc
+        if emptied or unmounts(s.item, pool.name):
             self.cleared[(s.node, pool.name)] = self.ghosts.ends
             if pool.index:
                 self.say("Clear", s.node, s.now, f"{pool.name} holds {len(pool.index)} chunks after a clear")

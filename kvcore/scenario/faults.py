@@ -8,8 +8,9 @@ Where a scenario leaves room, this is what it means:
   drops from the nth of each life on.
 * ``delay`` with ``duplicate``: the message itself is on time, each further copy comes ``delay`` after the one before.
 * ``reorder``: held back until the next message to the same node has gone, ``delay_ns`` (default: one retry) at most.
-* What happens to nodes (crash, pause, partition, slow, full, cancel) happens once a run, whoever reaches the anchor
-  first. ``Action.fault`` is the fault's number, so that a driver of several processes can tell that it has happened.
+* What happens to nodes (crash, pause, partition, slow, full, unmount, cancel) happens once a run, whoever reaches the
+  anchor first. ``Action.fault`` is the fault's number, so that a driver of several processes can tell that it has
+  happened.
 * A crash of the client is ``ClientDies``: the driver gives it ``Command("die", (for_ns,))``.
 * ``when: {started: m}`` and ``{ended: m}`` with the name of a step: when the client issues it, when it has ended.
 """
@@ -63,12 +64,14 @@ class Slow(Acting, frozen=True, gc=False):
 
 
 class Full(Acting, frozen=True, gc=False):
-    """The driver gives the worker ``Command("full", (location, "on"))``, and ``"off"`` after ``for_ns``."""
+    """The driver gives the worker ``Command(what, (location, "on"))``, and ``"off"`` after ``for_ns``. ``what``: full;
+    or unmount: the bytes are gone as well."""
 
     node: str
     location: str
     for_ns: int = -1
     fault: int = -1
+    what: str = "full"
 
 
 class CancelOp(Acting, frozen=True, gc=False):
@@ -102,13 +105,15 @@ class Verdict(msgspec.Struct, frozen=True, gc=False, forbid_unknown_fields=True)
 
 
 class CopyFate(msgspec.Struct, frozen=True, gc=False, forbid_unknown_fields=True):
-    """What becomes of the bytes: ``fraction`` of them lands before it fails or sticks. ``slow``: times as long."""
+    """What becomes of the bytes: ``fraction`` of them lands before it fails or sticks. ``slow``: times as long;
+    ``delay_ns``: before the first of them moves."""
 
     fail: bool = False
     corrupt: bool = False
     stuck: bool = False
     slow: float = 1.0
     fraction: float = 1.0
+    delay_ns: int = 0
 
 
 FINE: Final = Verdict()
@@ -137,6 +142,7 @@ class Rule:
         self.kinds: Tuple[str, ...] = tuple([kind for kind in fault.kinds if kind in _MESSAGE_KINDS])
         self.action_kinds: Tuple[str, ...] = tuple([kind for kind in fault.kinds if kind in _ACTION_KINDS])
         self.copy: CopyFault = fault.copy or CopyFault()
+        self.late_ns: int = self.copy.delay.ns(config) if self.copy.delay is not None else 0
         delay_ns = fault.delay.ns(config) if fault.delay is not None else 0
         late_copies = fault.duplicate > 0 and not fault.drop
         self.verdict: Verdict = Verdict(
@@ -149,7 +155,7 @@ class Rule:
 
 
 _MESSAGE_KINDS: Final = ("drop", "delay", "duplicate", "reorder")
-_ACTION_KINDS: Final = ("partition", "crash", "pause", "slow", "full", "cancel")
+_ACTION_KINDS: Final = ("partition", "crash", "pause", "slow", "full", "unmount", "cancel")
 _OP_NOTES: Final[Dict[str, str]] = {"invoke": "started", "ok": "ended", "fail": "ended", "info": "ended"}
 
 
@@ -230,10 +236,11 @@ class FaultPlan:
         if fault.slow is not None:
             for_ns = self._ns(fault.slow.duration)
             found += [Slow(node, fault.slow.factor, for_ns, number) for node in expand(fault.slow.node, self.nodes)]
-        if fault.full is not None:
-            instance, _, location = fault.full.at.partition("/")
-            for_ns = self._ns(fault.full.duration)
-            found += [Full(node, location, for_ns, number) for node in expand(instance, self.nodes)]
+        for what, tier in (("full", fault.full), ("unmount", fault.unmount)):
+            if tier is not None:
+                instance, _, location = tier.at.partition("/")
+                for_ns = self._ns(tier.duration)
+                found += [Full(node, location, for_ns, number, what) for node in expand(instance, self.nodes)]
         if fault.cancel:
             found.append(CancelOp(fault.cancel, number))
         return tuple(found)
@@ -279,6 +286,7 @@ class FaultPlan:
                     fate.stuck or copy.stuck,
                     fate.slow * copy.slow,
                     min(fate.fraction, copy.fraction),
+                    fate.delay_ns + rule.late_ns,
                 )
                 self._count(_copy_kind(copy), rule.label)
         return fate
@@ -386,7 +394,7 @@ def _copy_kind(copy: CopyFault) -> str:
     for name in ("fail", "corrupt", "stuck"):
         if getattr(copy, name):
             return f"copy {name}"
-    return "copy slow"
+    return "copy slow" if copy.slow > 1.0 else "copy delay"
 
 
 def _first(item: Tuple[int, Action]) -> int:

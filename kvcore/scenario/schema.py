@@ -91,6 +91,7 @@ __all__ = [
     "Step",
     "Store",
     "Switch",
+    "UnmountFault",
     "Unpin",
     "Use",
     "UserPin",
@@ -164,18 +165,27 @@ class SlowFault(Part, frozen=True, kw_only=True):
 class CopyFault(Part, frozen=True, kw_only=True):
     """What becomes of a copy or a fill. ``fraction``: how much lands before it fails or sticks.
 
-    Of one rank: ``when: {started: StartCopy, by: b/1}``, which is the anchor if there is none.
+    ``delay``: its first byte moves that much later. Of one rank: ``when: {started: StartCopy, by: b/1}``, which is the
+    anchor if there is none.
     """
 
     fail: bool = False
     corrupt: bool = False
     stuck: bool = False
     slow: float = 1.0
+    delay: Optional[Duration] = None
     fraction: float = 1.0
 
 
 class FullFault(Part, frozen=True, kw_only=True):
     """Nothing can be taken there, not by eviction either. ``at``: ``b/LocalCPUBackend``, every rank of it."""
+
+    at: str
+    duration: Optional[Duration] = field(default=None, name="for")
+
+
+class UnmountFault(Part, frozen=True, kw_only=True):
+    """The tier goes with all that is in it, and is back, empty, after ``for``. ``at`` as in ``FullFault``."""
 
     at: str
     duration: Optional[Duration] = field(default=None, name="for")
@@ -225,6 +235,7 @@ class Fault(Part, frozen=True, kw_only=True):
     slow: Optional[SlowFault] = None
     copy: Optional[CopyFault] = None
     full: Optional[FullFault] = None
+    unmount: Optional[UnmountFault] = None
     cancel: str = ""
     namespace: Optional[NamespaceFault] = None
 

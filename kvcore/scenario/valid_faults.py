@@ -158,10 +158,10 @@ def _kinds(scenario: Scenario, path: Path, fault: Fault, steps: Dict[str, str]) 
             yield from _side(scenario, (*path, "partition", name), side)
     if fault.copy is not None:
         yield from _copy((*path, "copy"), fault.copy)
-    if fault.full is not None:
-        why = bad_position(scenario, fault.full.at)
+    for kind, tier in (("full", fault.full), ("unmount", fault.unmount)):
+        why = bad_position(scenario, tier.at) if tier is not None else ""
         if why:
-            yield Mistake((*path, "full", "at"), why)
+            yield Mistake((*path, kind, "at"), why)
     if fault.cancel:
         kind_of = steps.get(fault.cancel)
         moves = [step for step, kind in steps.items() if kind == "move"]
@@ -183,8 +183,8 @@ def _side(scenario: Scenario, path: Path, side: Union[str, Tuple[str, ...]]) -> 
 def _copy(path: Path, copy: CopyFault) -> Iterator[Mistake]:
     if sum((copy.fail, copy.corrupt, copy.stuck)) > 1:
         yield Mistake(path, "found more than one of fail, corrupt and stuck, expected one")
-    elif not (copy.fail or copy.corrupt or copy.stuck) and copy.slow == 1.0:
-        yield Mistake(path, "found nothing that goes wrong, expected fail, corrupt, stuck or slow")
+    elif not (copy.fail or copy.corrupt or copy.stuck or copy.delay) and copy.slow == 1.0:
+        yield Mistake(path, "found nothing that goes wrong, expected fail, corrupt, stuck, slow or delay")
     if not (math.isfinite(copy.slow) and copy.slow >= 1):
         yield Mistake((*path, "slow"), f"found {copy.slow}, expected 1 or more")
     if not 0 <= copy.fraction <= 1:
@@ -194,7 +194,9 @@ def _copy(path: Path, copy: CopyFault) -> Iterator[Mistake]:
 def _durations(config: Config, path: Path, fault: Fault) -> Iterator[Mistake]:
     """What lasts must last; ``restart_after: 0 s`` is at once."""
     lasting: List[Tuple[Path, Optional[Duration]]] = [((*path, "delay"), fault.delay)]
-    for kind in ("partition", "pause", "slow", "full"):
+    if fault.copy is not None:
+        lasting.append(((*path, "copy", "delay"), fault.copy.delay))
+    for kind in ("partition", "pause", "slow", "full", "unmount"):
         part = getattr(fault, kind)
         if part is not None:
             lasting.append(((*path, kind, "for"), part.duration))

@@ -123,6 +123,7 @@ def test_a_paused_process_is_still_read_but_moves_no_bytes_itself() -> None:
     stage.node("a/0").pause()
     stage.loop.advance(stage.loop.now_ns + 1000)
     assert stage.seen("b/0") == [CopyDone(RID, True)]
+    stage.node("a/0").resume()
     stage.do("b/0", copy("a/0", (0,), (1,)))
     stage.loop.advance(stage.loop.now_ns + 600)
     stage.node("b/0").pause()
@@ -133,6 +134,19 @@ def test_a_paused_process_is_still_read_but_moves_no_bytes_itself() -> None:
     stage.loop.advance(10**9)
     assert stage.puppet("b/0").seen[-1] == (resumed + 500, CopyDone(RID, True))
     assert stage.has("b/0", 1, b"x")
+
+
+def test_a_paused_process_lets_no_copy_begin() -> None:
+    stage = Stage()
+    stage.put("a/0", 0, b"x")
+    stage.node("a/0").pause()
+    stage.do("b/0", copy("a/0", (0,), (0,)))
+    stage.loop.advance(stage.loop.now_ns + 10**6)
+    assert stage.seen("b/0") == []
+    stage.node("a/0").resume()
+    stage.loop.advance(stage.loop.now_ns + 10**6)
+    assert stage.seen("b/0") == [CopyDone(RID, True)]
+    assert stage.has("b/0", 0, b"x")
 
 
 def test_a_write_addressed_to_an_old_epoch_never_lands() -> None:
