@@ -123,7 +123,10 @@ class Solver:
             return self.flows
         self.solves += 1
         while True:
-            self._fill()
+            if len(self.flows) == 1:
+                self._fill_one(self.flows[0])
+            else:
+                self._fill()
             wrong = self._misplaced()
             if not wrong:
                 return self.flows
@@ -185,6 +188,23 @@ class Solver:
                 heappush(self.heap, (share, -link.index - 1, None, link))
         if flow.cap > 0.0:
             heappush(self.heap, (flow.cap, flow.fid, flow, flow.path[0]))
+
+    def _fill_one(self, flow: Flow) -> None:
+        """A flow that changes alone gets what its links have to spare."""
+        rate = flow.cap
+        bottleneck: Optional[Link] = None
+        for link in flow.path:
+            if rate == 0.0 or link.spare < rate:
+                rate = link.spare if link.spare > 0.0 else 0.0
+                bottleneck = link
+                if rate == 0.0:
+                    break
+        flow.next_rate = rate
+        flow.bottleneck = bottleneck
+        for link in flow.path:
+            link.left = link.spare - rate
+            link.level = rate if link is bottleneck else -1.0
+            link.peak = rate
 
     def _fill(self) -> None:
         self.fills += 1

@@ -93,6 +93,7 @@ class Simulation:
         self.waiting: str = ""  # "settle" or "finish": what happens once all is quiet
         self.look_ns: int = 0
         self.looks: int = 0
+        self.calm_ns: int = -1  # when faults stopped
         self.full: List[Full] = []
         self.hung: List[str] = []
         self.client: Optional[Node] = None
@@ -149,6 +150,7 @@ class Simulation:
 
     def _stop_faults(self) -> None:
         """The liveness phase: whatever still runs has to come to its end now."""
+        self.calm_ns = self.cluster.loop.now_ns
         self.plan.stop()
         self.cluster.plan_active = False
         for node in self.cluster.nodes.values():
@@ -177,6 +179,8 @@ class Simulation:
         if self.open_ends(first=True):
             self.look_ns = min(self.look_ns * 5 // 4, self.built.config.retry_ns // 4 + 1)
             loop.at(loop.now_ns + self.look_ns, self._look, number)
+        elif self.waiting == "finish" and loop.now_ns < self._heard_ns():
+            loop.at(self._heard_ns(), self._look, number)
         elif self.waiting == "finish":
             if self.checker is not None:
                 nodes = self.cluster.nodes.values()
@@ -185,6 +189,10 @@ class Simulation:
         elif self.client is not None:
             self.waiting = ""
             self.client.arrive(Command("settled"), None)
+
+    def _heard_ns(self) -> int:
+        """When the controller has heard from everyone: what a fault kept from it, a Beat brings to light (H29)."""
+        return self.calm_ns + 2 * self.built.config.beat_ns if self.plan.fired else 0
 
     def open_ends(self, first: bool = False) -> List[str]:
         """Why all is not quiet, one line a thing; ``first``: the first will do."""
@@ -267,7 +275,9 @@ class Simulation:
     def _full(self, action: Full, what: str) -> None:
         node = self.cluster.nodes[action.node]
         if node.alive:
-            node.arrive(Command("full", (action.location, what)), None)
+            node.arrive(Command(action.what, (action.location, what)), None)
+            if action.what == "unmount" and what == "on":
+                node.memory.slots[action.location].clear()
 
     # ---- what happened ----------------------------------------------------------------------------------------------
     def result(self) -> Result:
