@@ -6,7 +6,8 @@ or a pause of the noticing node itself has been carried out by that node when it
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Dict, List, Optional, Union
+from functools import partial
+from typing import TYPE_CHECKING, Dict, List, Optional, Tuple, Union
 
 from kvcore.protocol import machine as m
 from kvcore.protocol.config import WorkerSpec
@@ -24,6 +25,7 @@ class Acts:
         self.plan: FaultPlan = FaultPlan(built.faults if session.faults else (), built.config, built.nodes)
         self.done: List[Action] = []
         self.open: List[Action] = []
+        self.waiting: List[Tuple[Seat, int, int, List[Seat]]] = []
 
     def fired_counts(self) -> Dict[str, int]:
         """``kind at anchor`` -> how often, over all nodes and lives."""
@@ -40,34 +42,59 @@ class Acts:
         session = self.session
         session.workload_started()
         for at_ns, action in self.plan.timed():
-            session.after(at_ns, lambda action=action: self.carry_out(action, None))  # type: ignore[misc]
+            session.after(at_ns, partial(self._begin, action))
 
-    def fired(self, seat: Seat, action: Action) -> None:
-        self.carry_out(action, seat)
+    def _begin(self, action: Action) -> None:
+        self.carry_out(action, None)
 
-    def carry_out(self, action: Action, by: Optional[Seat]) -> None:
+    def fired(self, seat: Seat, message: c.Fired) -> None:
+        """Carry it out; if the node waits, tell it when those whom it concerns have seen to it."""
+        touched: List[Seat] = []
+        for action in message.actions:
+            touched += self.carry_out(action, seat)
+        if message.wait:
+            number = self.session.next_number()
+            others = [other for other in touched if other is not seat and other.up and not other.paused]
+            for other in others:
+                other.say(c.Ask(number))  # answered in order: by then it has done what it was told before
+            self.waiting.append((seat, message.wait, number, others))
+            self.answered()
+
+    def answered(self) -> None:
+        """Somebody has spoken, or gone: who need not wait any more?"""
+        for item in list(self.waiting):
+            seat, wait, number, others = item
+            if not any(o.up and not o.paused and (o.state is None or o.state.n < number) for o in others):
+                self.waiting.remove(item)
+                seat.say(c.Carried(wait))
+
+    def carry_out(self, action: Action, by: Optional[Seat]) -> List[Seat]:
         """``by``: the node that noticed; None for one of the runner's own. Faults of nodes happen once, but whoever has
-        carried one out by its own hand already has done so."""
+        carried one out by its own hand already has done so. Returns the nodes that have been told to do something."""
         own = by is not None and isinstance(action, (Crash, Pause)) and action.node == by.name
         if self.session.calm or action in self.done:
             if own and by is not None:
                 self._again(action, by)
-            return
+            return []
         self.done.append(action)
         self.plan.begin(action)
         self._tell(c.Begin(action), by)
+        seats = self.session.seats
         if isinstance(action, Crash):
             self._crash(action, by)
         elif isinstance(action, Pause):
             self._pause(action, by)
         elif isinstance(action, (Partition, Slow)):
             self._last(action)
+            return list(seats.values())
         elif isinstance(action, Full):
             self._full(action)
+            return [seats[action.node]]
         elif isinstance(action, CancelOp):
-            self._to_client(m.Command("cancel", (action.op,)))
+            return self._to_client(m.Command("cancel", (action.op,)))
         elif isinstance(action, ClientDies):
-            self._to_client(m.Command("die", (str(action.for_ns),)))
+            return self._to_client(m.Command("die", (str(action.for_ns),)))
+        return []
 
     def _again(self, action: Action, seat: Seat) -> None:
         """A node has done to itself what had been done to it already, before it could hear of it: undo it at once."""
@@ -129,10 +156,12 @@ class Acts:
     def _fill(self, action: Full, state: str) -> None:
         seat = self.session.seats[action.node]
         if isinstance(seat.spec, WorkerSpec):
-            seat.say(c.Give(m.Command("full", (action.location, state))))
+            seat.say(c.Give(m.Command(action.what, (action.location, state))))
 
-    def _to_client(self, command: m.Command) -> None:
-        self.session.seats[self.session.client].say(c.Give(command))
+    def _to_client(self, command: m.Command) -> List[Seat]:
+        client = self.session.seats[self.session.client]
+        client.say(c.Give(command))
+        return [client]
 
     def calm_down(self) -> None:
         """The liveness phase: partitions heal, paused nodes go on, full pools are usable; restarts still happen."""

@@ -80,6 +80,12 @@ class Ask(Said, frozen=True):
     n: int
 
 
+class Carried(Said, frozen=True):
+    """Answers Fired."""
+
+    wait: int
+
+
 class Verify(Said, frozen=True):
     """Overwrite what nothing refers to (``wipe``), or compare every visible chunk's bytes and tell all you know."""
 
@@ -94,7 +100,7 @@ class Exit(Said, frozen=True):
     pass
 
 
-ToHost = Union[Assign, Book, Give, Begin, Finish, Calm, Ask, Verify, Release, Exit]
+ToHost = Union[Assign, Book, Give, Begin, Finish, Calm, Ask, Carried, Verify, Release, Exit]
 
 
 # ---- host to runner --------------------------------------------------------------------------------------------------
@@ -109,9 +115,12 @@ class Bound(Said, frozen=True):
 
 
 class Fired(Said, frozen=True):
-    """A fault of this node's plan asks for something that the runner carries out (or, of itself, only notes)."""
+    """A fault of this node's plan asks for what the runner carries out (or, of the node itself, only notes). ``wait``:
+    the node goes on when it hears Carried with this number, so that what was to happen to others has happened; 0: it
+    does not wait."""
 
-    action: Action
+    actions: Tuple[Action, ...]
+    wait: int = 0
 
 
 class Spent(Said, frozen=True):

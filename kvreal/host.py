@@ -14,8 +14,9 @@ import os
 import select
 import signal
 import sys
+import time
 import traceback
-from typing import Any, List, Optional
+from typing import Any, List, Optional, Tuple
 
 import zmq
 
@@ -24,6 +25,7 @@ from kvcore.protocol.machine import Boot
 from kvcore.protocol.messages import StoreRequest
 from kvcore.scenario.build import Built, decode
 from kvcore.scenario.client import ClientSpec
+from kvcore.scenario.faults import Action
 from kvcore.scenario.history import HistoryError
 from kvreal import control as c
 from kvreal.engines.thread import EngineThread
@@ -35,6 +37,7 @@ from kvreal.transfer import make, proof, resolve
 from kvreal.transfer.base import Transfer
 
 PR_SET_PDEATHSIG = 1
+CARRIED_TIMEOUT_S = 0.25
 
 
 class Host:
@@ -51,6 +54,8 @@ class Host:
         self.node: Optional[Node] = None
         self.failed: bool = False
         self.going: bool = True
+        self.backlog: List[c.Said] = []
+        self.reports: int = 0
         self.poller: zmq.Poller = zmq.Poller()
         for source in (self.network.pull, pipe.read_fd, self.transfer.fileno(), self.engine.wake):
             self.poller.register(source, zmq.POLLIN)
@@ -62,8 +67,9 @@ class Host:
             self._watch_output()
             self.poller.poll(self._timeout_ms())
             self.pipe.flush()
-            for message in self.pipe.hear():
+            for message in self.backlog + self.pipe.hear():
                 self._obey(message)
+            self.backlog = []
             if self.pipe.ended:
                 return
             self._guarded(self._work)
@@ -103,6 +109,21 @@ class Host:
         while self.pipe.outgoing:
             select.select([], [self.pipe.write_fd], [], 1.0)
             self.pipe.flush()
+
+    def report(self, actions: Tuple[Action, ...], wait: bool) -> None:
+        """Say Fired; wait until the runner has seen to it, but not for long: it may wait for us."""
+        self.reports += 1
+        number = self.reports
+        self.pipe.say(c.Fired(actions, number if wait else 0))
+        until = time.monotonic() + CARRIED_TIMEOUT_S
+        while wait and not self.pipe.ended and (left := until - time.monotonic()) > 0:
+            self.flush()
+            select.select([self.pipe.read_fd], [], [], left)
+            for message in self.pipe.hear():
+                if isinstance(message, c.Carried) and message.wait == number:
+                    wait = False
+                else:
+                    self.backlog.append(message)
 
     # ---- the runner's orders
     def _obey(self, message: c.Said) -> None:
@@ -152,7 +173,7 @@ class Host:
                 self.transfer.memory_changed()
             self.transfer.begin(message.run, message.node)
             data = self.transfer.endpoint()
-        parts = Parts(self.memory, self.transfer, self.engine, self.network, self.pipe.say, self.flush)
+        parts = Parts(self.memory, self.transfer, self.engine, self.network, self.pipe.say, self.report, self.flush)
         self.node = Node(message, built, parts)
         self.pipe.say(c.Bound(self.network.endpoint, data))
 

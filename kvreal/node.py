@@ -22,7 +22,7 @@ from kvcore.scenario.build import AnySpec, Built, make_machine
 from kvcore.scenario.client import Client
 from kvcore.scenario.faults import FINE, GOOD_COPY, Action, Crash, FaultPlan, Pause, Verdict
 from kvcore.scenario.history import VERSION, FileHistory, Header, NoHistory
-from kvreal.control import Assign, Checked, CopyRecord, Fired, Noted, Said, Spent, Spoiled
+from kvreal.control import Assign, Checked, CopyRecord, Noted, Said, Spent, Spoiled
 from kvreal.engines.thread import EngineThread, check_all
 from kvreal.journal import Journal
 from kvreal.memory import Memory
@@ -41,6 +41,8 @@ class Parts(msgspec.Struct, frozen=True):
     engine: EngineThread
     network: Network
     say: Callable[[Said], None]
+    report: Callable[[Tuple[Action, ...], bool], None]
+    """Tell the runner that faults ask for actions; True: return when they have been carried out."""
     flush: Callable[[], None]
 
 
@@ -126,8 +128,8 @@ class Node:
             self.give(item)
             return
         verdict = self._heeded(self.faults.input(self.now(), self.name, item))
+        self._befall(verdict.actions)
         self._carry(verdict, lambda: self.give(item))
-        self._act(verdict.actions)
 
     def give(self, item: m.Input) -> None:
         """One input to the machine: logged, then its effects carried out in order."""
@@ -153,16 +155,19 @@ class Node:
         else:
             for effect in effects:
                 self.effects[type(effect)](effect)
+        if isinstance(item, m.Command) and item.what == "unmount" and item.args[1] == "on":
+            self.wipe()
 
     def _judged(self, effect: m.Effect) -> None:
         """Ask the fault plan, then carry the effect out, as often and as late as it says, or not at all."""
         verdict = self._heeded(self.faults.effect(self.now(), self.name, effect))
+        self._befall_others(verdict.actions)
         if verdict.reorder and not verdict.drop and isinstance(effect, m.Send):
             self._hold_back(effect, verdict.delay_ns)
         else:
             carry = self.effects[type(effect)]
             self._carry(verdict, lambda: carry(effect))
-        self._act(verdict.actions)
+        self._befall_me(verdict.actions)
 
     def _carry(self, verdict: Verdict, what: Callable[[], None]) -> None:
         """As often and as late as the verdict says, or not at all."""
@@ -209,7 +214,7 @@ class Node:
         if fate != GOOD_COPY:
             self._tell_spent()
         slow = fate.slow * self.faults.slowness(self.name)
-        return Fate(fate.fail, fate.corrupt, fate.stuck, slow, fate.fraction)
+        return Fate(fate.fail, fate.corrupt, fate.stuck, slow, fate.fraction, fate.delay_ns)
 
     def _start_copy(self, effect: m.StartCopy) -> None:
         endpoint = effect.endpoint or self.parts.network.data_endpoint(effect.peer)
@@ -226,6 +231,8 @@ class Node:
         elif isinstance(effect, m.StartRead) and effect.hold_ns > 0:
             # The bytes are read at the end of the hold: what they must outlive is the use, not its beginning.
             self._after(effect.hold_ns, lambda: self.parts.engine.start(effect, self._bytes_per_token(), fate))
+        elif fate.delay_ns:
+            self._after(fate.delay_ns, lambda: self.parts.engine.start(effect, self._bytes_per_token(), fate))
         else:
             self.parts.engine.start(effect, self._bytes_per_token(), fate)
 
@@ -266,10 +273,20 @@ class Node:
             self.offer(m.CopyDone(item.rid, item.state == "done", item.why))
 
     # ---- faults of nodes
-    def _act(self, actions: Tuple[Action, ...]) -> None:
+    def _befall(self, actions: Tuple[Action, ...]) -> None:
+        """Of an input: all of it before the machine sees it."""
+        self._befall_others(actions)
+        self._befall_me(actions)
+
+    def _befall_others(self, actions: Tuple[Action, ...]) -> None:
+        """Of an effect: what happens to other nodes has happened before a message sent at the anchor arrives."""
+        if actions:
+            self.parts.report(actions, any(getattr(action, "node", "") != self.name for action in actions))
+
+    def _befall_me(self, actions: Tuple[Action, ...]) -> None:
+        """What happens to this node happens after the effect, and before what follows it."""
         for action in actions:
             self.faults.begin(action)
-            self.parts.say(Fired(action))
         for action in actions:
             if isinstance(action, Crash) and action.node == self.name:
                 self.parts.network.send_off()  # what was sent before the crash was sent

@@ -168,6 +168,7 @@ class Session:
         seat.paused = False
         seat.dying = False
         self.publish()
+        self.acts.answered()
 
     def restart(self, seat: Seat) -> None:
         """A new process for a dead node. One that is not warm takes about a second."""
@@ -236,12 +237,13 @@ class Session:
     def _heard(self, seat: Seat, message: c.Said) -> None:
         if isinstance(message, c.State):
             seat.state = message
+            self.acts.answered()
         elif isinstance(message, c.Noted):
             self.notes.append((seat.name, message))
             if message.kind == "start" and seat.name == self.client:
                 self.acts.workload_starts()
         elif isinstance(message, c.Fired):
-            self.acts.fired(seat, message.action)
+            self.acts.fired(seat, message)
         elif isinstance(message, c.Spent):
             seat.spent = message.spent
             seat.fired[seat.life] = message.fired
@@ -283,10 +285,13 @@ class Session:
                 lines.append(f"{seat.name}: starting")
         return lines
 
+    def next_number(self) -> int:
+        self.asked += 1
+        return self.asked
+
     def ask(self) -> List[str]:
         """Ask every node how it is. Why it is not quiet; empty if all are and no message is under way."""
-        self.asked += 1
-        number = self.asked
+        number = self.next_number()
         asked = [seat for seat in self.seats.values() if seat.up and not seat.paused]
         for seat in asked:
             seat.say(c.Ask(number))

@@ -51,6 +51,7 @@ class Fate(msgspec.Struct, frozen=True):
     stuck: bool = False
     slow: float = 1.0
     fraction: float = 1.0
+    delay_ns: int = 0
 
 
 class Copy(msgspec.Struct, frozen=True):
@@ -171,7 +172,8 @@ class Transfer:
         """Make the window's owner stop; must not block."""
         raise NotImplementedError
 
-    def info(self) -> Optional[Info]:
+    def info(self, known: int) -> Optional[Info]:
+        """What a peer must know to reach this memory; None if it knows it (``known``: the layout it has seen)."""
         return None
 
     def introduce(self, address: str, endpoint: str) -> None:
@@ -295,6 +297,9 @@ class Transfer:
         fate = job.copy.fate
         if job.copy.effect.read:
             self.memory.soil(job.copy.effect.location, job.copy.effect.slots, poison=True)
+        if fate.delay_ns:
+            job.aborted.wait(fate.delay_ns / 1e9)
+            job.check()
         begun = time.monotonic_ns()
         transport = self._carry_locally(job) if job.copy.effect.peer == self.address else self.carry(job)
         if fate.stuck:  # what has landed has landed, but nobody is told

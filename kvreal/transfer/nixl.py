@@ -90,10 +90,12 @@ class NixlTransfer(Transfer):
                     kept.append((slab, self.agent.register_memory(region, slab.nixl_kind)))
             self.registered = kept
 
-    def info(self) -> Info:
+    def info(self, known: int) -> Optional[Info]:
+        memory = self.memory
+        if known == memory.layout:
+            return None
         with self.agent_lock:
             metadata = self.agent.get_agent_metadata()
-        memory = self.memory
         return Info(
             memory.layout, memory.generation, self.process, metadata, tuple(memory.places.values()), memory.scratch()
         )

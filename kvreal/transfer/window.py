@@ -109,13 +109,13 @@ class WindowServer:
         prepare: Serve,
         serve: Serve,
         revoke: Serve,
-        info: Callable[[], Optional[Info]],
+        info: Callable[[int], Optional[Info]],
         ended: Callable[[], None],
     ) -> None:
         self.prepare: Serve = prepare
         self.serve: Serve = serve
         self.revoke: Serve = revoke
-        self.info: Callable[[], Optional[Info]] = info
+        self.info: Callable[[int], Optional[Info]] = info
         self.ended: Callable[[], None] = ended
         self.lock: threading.Lock = threading.Lock()
         self.windows: List[Window] = []
@@ -160,9 +160,7 @@ class WindowServer:
                     self.refused += 1
                     send_message(sock, Grant(False, str(error)))
                     return
-                info = self.info()
-                fresh = info is not None and info.layout != hello.layout
-                send_message(sock, Grant(True, "", info if fresh else None))
+                send_message(sock, Grant(True, "", self.info(hello.layout)))
                 self.serve(window)
             except (OSError, TransferError):
                 pass  # the other side sees the end of the connection
