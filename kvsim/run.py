@@ -25,7 +25,7 @@ from kvcore.scenario.faults import (
 )
 from kvcore.scenario.history import VERSION, FileHistory, Header, NoHistory
 from kvcore.scenario.result import Operation, PhaseTracker, Result
-from kvsim.costs import Profile
+from kvsim.costs import Profile, load_profile
 from kvsim.memory import TORN
 from kvsim.node import Cluster, Node
 
@@ -42,13 +42,14 @@ def run(
     check: bool = True,
     max_events: Optional[int] = None,
 ) -> Result:
-    """Play ``built``. ``history``: where to write it (or give a ``sink`` of your own). ``check``: check the protocol's
-    properties after every input. Raises EventLimit after ``max_events`` events, HistoryError for a full disk."""
+    """Play ``built``. ``history``: where to write it (or give a ``sink`` of your own). ``profile``: what things cost;
+    default: what the scenario names, else Profile(). ``check``: check the protocol's properties after every input.
+    Raises EventLimit after ``max_events`` events, HistoryError for a full disk, ProfileError for a wrong profile."""
     lines = sink if sink is not None else NoHistory()
     if history is not None:
         lines = FileHistory(history, header(built))
     try:
-        simulation = Simulation(built, profile or Profile(), lines, check)
+        simulation = Simulation(built, profile or _profile_of(built), lines, check)
         with CollectorTamed():
             simulation.play(max_events)
         result = simulation.result()
@@ -56,6 +57,10 @@ def run(
         lines.close()
     result.history = str(history) if history is not None else None
     return result
+
+
+def _profile_of(built: Built) -> Profile:
+    return load_profile(Path(built.network.profile)) if built.network.profile else Profile()
 
 
 def header(built: Built) -> Header:

@@ -14,7 +14,7 @@ from kvcore.scenario.build import Built, build
 from kvcore.scenario.history import check_replay, read
 from kvcore.scenario.loader import loads
 from kvcore.scenario.result import Result
-from kvsim.costs import Profile
+from kvsim.costs import Profile, ProfileError
 from kvsim.loop import EventLimit
 from kvsim.run import run
 
@@ -80,6 +80,17 @@ def test_the_time_of_a_move_is_what_its_parts_cost(tmp_path: Path) -> None:
     assert phases.control_ns == 3 * hop  # Pin, Pinned, Fetch
     # Fence, Fenced over two NICs; Committed, Release, Released; the controller is busy with a Delta each time
     assert phases.commit_ns == 2 * (hop + 5_000) + 3 * hop + 2_000
+
+
+def test_a_scenario_names_its_profile(tmp_path: Path) -> None:
+    path = tmp_path / "slow.yaml"
+    path.write_text("message_latency_ns: 1_000_000\n")
+    text = MOVE.replace("RANKS", "1")
+    slow = run(built(text, f"network.profile={path}"))
+    assert slow.phases[0].control_ns > run(built(text)).phases[0].control_ns + 2_000_000
+    path.write_text("message_latency_ns: soon\n")
+    with pytest.raises(ProfileError, match="message_latency_ns"):
+        run(built(text, f"network.profile={path}"))
 
 
 def test_between_the_tiers_of_one_instance(tmp_path: Path) -> None:
