@@ -269,7 +269,8 @@ class Compiler:
             number = self.filled[body.prefix] = self.filled.get(body.prefix, 0) + 1
             prompt = f"{body.prefix}-{number}"
             self.prompts.declare(prompt, PromptText())
-            keys, lens = self.prompts.keys(self.own[instance], prompt, min(each, total - part * each))
+            self.lengths[prompt] = min(each, total - part * each)
+            keys, lens = self.prompts.keys(self.own[instance], prompt, self.lengths[prompt])
             requests.append(StoreRequest(request_name(name, part, parts), location, keys, lens))
         text = f"{parts} prompts, {total} tokens: {body.at}"
         return self._plain(name, "fill", body, text, tuple(requests), self._ranks(instance))

@@ -109,7 +109,8 @@ class Wait(Body, frozen=True, kw_only=True):
 
 
 class Fill(Body, frozen=True, kw_only=True):
-    """Pressure: ``slots`` chunks (or ``tokens``) of distinct prompts, ``each`` so long, called ``prefix-N``."""
+    """Pressure: ``slots`` chunks (or ``tokens``) of distinct prompts, ``each`` so long. Later steps can name them:
+    ``prefix-1`` and so on."""
 
     at: str
     slots: int = 0

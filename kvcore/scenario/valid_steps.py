@@ -50,7 +50,7 @@ def bad_position(scenario: Scenario, at: str) -> str:
 
 
 def prompt_lengths(scenario: Scenario) -> Dict[str, int]:
-    """Tokens of each prompt that is declared, or stored with its length by some step."""
+    """Tokens of each prompt that is declared, stored with its length by some step, or brought by a fill."""
     chunk = scenario.kv.chunk_tokens
     lengths = {
         name: prompt.tokens.count(chunk) if prompt.tokens is not None else len(prompt.ids)
@@ -61,6 +61,24 @@ def prompt_lengths(scenario: Scenario) -> Dict[str, int]:
         if step.store is not None and step.store.prompt not in declared and step.store.tokens is not None:
             count = step.store.tokens.count(chunk)
             lengths[step.store.prompt] = max(count, lengths.get(step.store.prompt, 0))
+    return {**filled_lengths(scenario), **lengths}
+
+
+def filled_lengths(scenario: Scenario) -> Dict[str, int]:
+    """Tokens of each prompt that a fill brings, by its name: ``prefix-N``."""
+    chunk = scenario.kv.chunk_tokens
+    lengths: Dict[str, int] = {}
+    numbers: Dict[str, int] = {}
+    for step in scenario.steps:
+        fill = step.fill
+        if fill is None:
+            continue
+        left = fill.tokens.count(chunk) if fill.tokens is not None else fill.slots * chunk
+        each = fill.each.count(chunk)
+        while each > 0 and left > 0:
+            number = numbers[fill.prefix] = numbers.get(fill.prefix, 0) + 1
+            lengths[f"{fill.prefix}-{number}"] = min(each, left)
+            left -= each
     return lengths
 
 
