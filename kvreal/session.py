@@ -386,6 +386,10 @@ class Session:
         self.calm = True
         self.acts.calm_down()
         self.settle()
+        if self.acts.fired_counts():
+            # What a fault kept from the controller, a Beat brings to light (H29).
+            self.idle(2 * self.built.config.beat_ns / 1e9)
+            self.settle()
 
     def verify(self, wipe: bool) -> None:
         """Overwrite what is free, then let each process compare what it has; the answers are in ``seat.checked``."""
