@@ -45,7 +45,8 @@ def copy_slots(
     target_slots: Sequence[int],
     lens: Sequence[int],
 ) -> None:
-    """What the source slots hold now is in the target slots from now on. ``lens``: tokens copied of each."""
+    """What the source slots hold now is in the target slots from now on. ``lens``: tokens copied of each; slots beyond
+    it are left alone."""
     for src, dst, num_tokens in zip(source_slots, target_slots, lens):
         held = source.get(src, TORN)
         target[dst] = held if held[1] <= num_tokens else (held[0], num_tokens)

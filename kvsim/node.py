@@ -41,7 +41,7 @@ from kvsim.journal import Journal as JournalFile
 from kvsim.loop import NEVER_NS, Loop
 from kvsim.memory import Memory
 from kvsim.network import Network, Site
-from kvsim.transfer import Transfer, Transfers
+from kvsim.transfer import Transfers
 
 Observer = Callable[[int, str, Machine, Input, List[Effect]], None]
 
@@ -106,7 +106,6 @@ class Node:
         "bytes_per_token",
         "closed",
         "cluster",
-        "copies",
         "gate_ns",
         "handle",
         "held",
@@ -129,7 +128,6 @@ class Node:
         "site",
         "spec",
         "timers",
-        "touching",
         "turn",
         "uniform_ns",
         "worker",
@@ -161,8 +159,6 @@ class Node:
         self.service_ns: int = cluster.profile.service_ns
         self.queue: Optional[Deque[Input]] = None  # made when first needed: there may be very many nodes
         self.alarm_ns: int = NEVER_NS
-        self.copies: Dict[Tuple[int, int], Transfer] = {}  # mine, by rid
-        self.touching: Dict[int, Transfer] = {}  # those that read from me or write to me
         self.closed: Dict[Tuple[str, int], None] = {}
         self.held: Dict[str, List[Received]] = {}  # messages that wait to be overtaken, by destination
         self.inputs: int = 0

@@ -41,15 +41,13 @@ class Transfer:
         "fid",
         "knocking",
         "nbytes",
-        "number",
         "owner",
         "path",
         "peer",
         "start_ns",
     )
 
-    def __init__(self, number: int, owner: Node, peer: Node, effect: StartCopy, nbytes: int, start_ns: int) -> None:
-        self.number: int = number
+    def __init__(self, owner: Node, peer: Node, effect: StartCopy, nbytes: int, start_ns: int) -> None:
         self.owner: Node = owner
         self.peer: Node = peer
         self.effect: StartCopy = effect
@@ -80,7 +78,7 @@ class Transfer:
 class Transfers:
     def __init__(self, cluster: Cluster) -> None:
         self.cluster: Cluster = cluster
-        self.active: Dict[int, Transfer] = {}  # by number: the oldest first
+        self.active: Dict[Rid, Transfer] = {}  # a reservation's id holds an epoch: no two are alike. Oldest first
         self.count: int = 0
         self.bytes: int = 0
         self.watching: bool = False
@@ -90,19 +88,17 @@ class Transfers:
         """The owner's StartCopy leaves it at ``at_ns``."""
         cluster = self.cluster
         peer = cluster.nodes[effect.peer]
-        number = self.count = self.count + 1
-        nbytes = sum(effect.lens) * owner.bytes_per_token
-        transfer = Transfer(number, owner, peer, effect, nbytes, at_ns)
-        self.active[number] = transfer
-        owner.copies[effect.rid] = transfer
+        self.count += 1
+        transfer = Transfer(owner, peer, effect, sum(effect.lens) * owner.bytes_per_token, at_ns)
+        self.active[effect.rid] = transfer
         if not self.watching:
             self.watching = True
             cluster.loop.at(at_ns + cluster.copy_max_ns, self._watch)
-        refused = self._refusal(transfer)
-        if refused:
-            cluster.loop.at(at_ns + cluster.profile.peer_death_ns, self._fail, transfer, refused)
-            return
-        peer.touching[number] = transfer
+        if peer.epoch() != effect.peer_epoch or not peer.alive or peer.closed:
+            refused = self._refusal(transfer)
+            if refused:
+                cluster.loop.at(at_ns + cluster.profile.peer_death_ns, self._fail, transfer, refused)
+                return
         if effect.read:
             owner.memory.tear(effect.location, effect.slots)
             path = cluster.network.path(peer.site, effect.peer_location, owner.site, effect.location)
@@ -147,8 +143,8 @@ class Transfers:
 
     def abort(self, owner: Node, rid: Rid, at_ns: int) -> None:
         """AbortCopy: whatever has crossed by now has landed; nothing will after CopyStopped."""
-        transfer = owner.copies.get(rid)
-        if transfer is None:
+        transfer = self.active.get(rid)
+        if transfer is None or transfer.owner is not owner:
             if owner.has_queued(CopyDone, rid):
                 return  # it has won the race
         else:
@@ -160,8 +156,8 @@ class Transfers:
         """Nothing that process (peer, epoch) writes lands at ``owner`` from now on."""
         cluster = self.cluster
         owner.closed[(peer, epoch)] = None
-        for transfer in list(owner.touching.values()):
-            if not transfer.effect.read and transfer.owner.name == peer and transfer.epoch == epoch:
+        for transfer in self.active.values():
+            if transfer.peer is owner and _writes(transfer, peer, epoch):
                 self._halt(transfer)
                 cluster.loop.at(cluster.loop.now_ns, self._fail, transfer, WINDOW_CLOSED)
         cluster.loop.at(at_ns + cluster.profile.window_ns, owner.give, WindowClosed(peer, epoch), owner.life)
@@ -170,29 +166,27 @@ class Transfers:
     def crashed(self, node: Node) -> None:
         """The node's own copies end with it, silently; those of others with it fail when they notice."""
         cluster = self.cluster
-        for transfer in list(node.copies.values()):
-            self._stop(transfer)
-        for transfer in list(node.touching.values()):
-            self._halt(transfer)
-            cluster.loop.at(cluster.loop.now_ns + cluster.profile.peer_death_ns, self._fail, transfer, PEER_GONE)
+        for transfer in list(self.active.values()):
+            if transfer.owner is node:
+                self._stop(transfer)
+            elif transfer.peer is node:
+                self._halt(transfer)
+                cluster.loop.at(cluster.loop.now_ns + cluster.profile.peer_death_ns, self._fail, transfer, PEER_GONE)
 
     def paused(self, node: Node) -> None:
         """A stopped process moves no bytes, and lets nobody in; what others have begun with it goes on."""
-        for transfer in node.copies.values():
-            self._halt(transfer)
+        for transfer in self.active.values():
+            if transfer.owner is node:
+                self._halt(transfer)
 
     def resumed(self, node: Node) -> None:
-        for transfer in node.copies.values():
+        for transfer in self.active.values():
             links, _, cap = transfer.path
             if transfer.knocking:
                 self._let_in(transfer)
-            elif transfer.fid == 0 and links and not _is_stuck(transfer):
+            elif transfer.owner is node and transfer.fid == 0 and links and not _is_stuck(transfer):
                 left = int(transfer.nbytes * (1.0 - transfer.crossed))
                 transfer.fid = self.cluster.fabric.start(links, left, self._crossed, transfer, cap)
-
-        for transfer in node.touching.values():
-            if transfer.knocking:
-                self._let_in(transfer)
 
     def _let_in(self, transfer: Transfer) -> None:
         if not transfer.owner.paused and not transfer.peer.paused:
@@ -216,7 +210,8 @@ class Transfers:
         self._land(transfer, 1.0)
         if fate is not None and fate.corrupt:
             transfer.target().tear(*_first_slot(effect))
-        self._end(transfer)
+        transfer.ended = True
+        del self.active[effect.rid]
         self.bytes += transfer.nbytes
         cluster = self.cluster
         if cluster.queued is not None:
@@ -246,23 +241,24 @@ class Transfers:
 
     def _end(self, transfer: Transfer) -> None:
         transfer.ended = True
-        del self.active[transfer.number]
-        transfer.owner.copies.pop(transfer.effect.rid, None)
-        transfer.peer.touching.pop(transfer.number, None)
+        del self.active[transfer.effect.rid]
 
     def _land(self, transfer: Transfer, fraction: float) -> None:
         effect = transfer.effect
         if not effect.read and (not transfer.peer.alive or transfer.peer.epoch() != effect.peer_epoch):
             return  # addressed to an old life
-        whole = len(effect.slots) if fraction >= 1.0 else int(fraction * len(effect.slots))
         ours = transfer.owner.memory.slots[effect.location]
         theirs = transfer.peer.memory.slots[effect.peer_location]
+        lens = effect.lens
+        if fraction < 1.0:
+            whole = int(fraction * len(lens))
+            lens = lens[:whole]
+            if whole < len(effect.lens):
+                self._tear_at(transfer, whole)
         if effect.read:
-            copy_slots(theirs, effect.peer_slots[:whole], ours, effect.slots, effect.lens)
+            copy_slots(theirs, effect.peer_slots, ours, effect.slots, lens)
         else:
-            copy_slots(ours, effect.slots[:whole], theirs, effect.peer_slots, effect.lens)
-        if fraction < 1.0 and whole < len(effect.slots):
-            self._tear_at(transfer, whole)
+            copy_slots(ours, effect.slots, theirs, effect.peer_slots, lens)
         landed = self.cluster.on_landed
         if landed is not None:
             if effect.read:
@@ -288,6 +284,10 @@ class Transfers:
                 return
             self._fail(transfer, TIMED_OUT)
         self.watching = False
+
+
+def _writes(transfer: Transfer, writer: str, epoch: int) -> bool:
+    return not transfer.effect.read and transfer.owner.name == writer and transfer.epoch == epoch
 
 
 def _is_stuck(transfer: Transfer) -> bool:

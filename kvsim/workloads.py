@@ -89,6 +89,7 @@ class Pump(Machine):
         self.done: int = 0
         self.failed: int = 0
         self.chunks: int = 0
+        self.positions: List[Tuple[str, str]] = [(f"i{i}", CPU) for i in range(load.instances)]
 
     def _draw_prompts(self) -> List[Prompt]:
         load = self.load
@@ -150,7 +151,8 @@ class Pump(Machine):
         self.count += 1
         op = f"m{self.count}"
         self.flying[op] = prompt
-        request = MoveRequest(op, (f"i{prompt.at}", CPU), (f"i{prompt.goes_to}", CPU), prompt.keys, prompt.lens)
+        positions = self.positions
+        request = MoveRequest(op, positions[prompt.at], positions[prompt.goes_to], prompt.keys, prompt.lens)
         out.append(Send("ctl", request))
 
     def pending(self) -> List[str]:
