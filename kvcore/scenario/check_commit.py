@@ -19,7 +19,7 @@ from kvcore.protocol.messages import (
     event_name,
 )
 from kvcore.scenario.check_ghosts import ALIVE, EARLY, LAPSED, OVER, PinSeen
-from kvcore.scenario.check_loss import Scene
+from kvcore.scenario.check_loss import Scene, unmounts
 from kvcore.scenario.check_shadow import RetentionSeen
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ def _how_it_ended(s: Scene, held: RetentionSeen, event: int) -> str:
     m = s.message
     if isinstance(m, End) and m.event == event:
         return OVER
-    if isinstance(m, Clear) and m.location == held.location:
+    if (isinstance(m, Clear) and m.location == held.location) or unmounts(s.item, held.location):
         return OVER
     if isinstance(m, (Registered, Expelled)):
         return LAPSED

@@ -14,8 +14,8 @@ from __future__ import annotations
 from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple, final
 
 from kvcore.protocol.controller import Controller
-from kvcore.protocol.machine import Boot, Effect, Input, Machine, ReadDone, Received
-from kvcore.protocol.messages import Clear, Key, Rid, event_name
+from kvcore.protocol.machine import Boot, Effect, Input, Machine, ReadDone, Received, Send
+from kvcore.protocol.messages import Clear, Cleared, Inc, Key, Rid, event_name
 from kvcore.protocol.pool import Pool
 from kvcore.protocol.worker import Worker
 from kvcore.scenario.check_commit import Write, watch_pins, watch_retentions, watch_writes
@@ -110,6 +110,11 @@ class Checker:
         for pool in worker.pool_list:
             look = None if named is None else named.get(pool.name, {})
             changed.append((pool.name, self._index(scene, pool, look)))
+            if _cleared(scene, shadow.pools[pool.name].inc, pool.name, effects):
+                self.cleared[(node, pool.name)] = self.ghosts.ends
+                if pool.index:
+                    self.say("Clear", node, now, f"{pool.name} holds {len(pool.index)} chunks after a clear")
+            shadow.pools[pool.name].inc = pool.inc
         watch_pins(self, scene)
         watch_retentions(self, scene, effects)
         watch_writes(self, scene, effects)
@@ -133,13 +138,6 @@ class Checker:
             old.put(key, entry.slot, entry.parent)
         if lost:
             vanished(self, s, pool.name, lost)
-        m = s.message
-        emptied = type(m) is Clear and m.location == pool.name and m.inc == old.inc
-        if emptied or unmounts(s.item, pool.name):
-            self.cleared[(s.node, pool.name)] = self.ghosts.ends
-            if pool.index:
-                self.say("Clear", s.node, s.now, f"{pool.name} holds {len(pool.index)} chunks after a clear")
-        old.inc = pool.inc
         return [old.slots[key] for key in new]
 
     # ---- bytes
@@ -221,6 +219,17 @@ class Checker:
         writes = [(node, sorted(held)) for node, held in sorted(self.writes.items()) if held]
         closed = [(node, sorted(shadow.closed.items())) for node, shadow in sorted(self.shadows.items())]
         return [ghosts.summary(), barred, writes, closed, len(self.violations)]
+
+
+def _cleared(s: Scene, inc: Inc, location: str, effects: Sequence[Effect]) -> bool:
+    """Emptied by an injected fault, or by a Clear of this life of the location that was heard (without an epoch none
+    is, nor is an old controller's)."""
+    m = s.message
+    if unmounts(s.item, location):
+        return True
+    if type(m) is not Clear or m.location != location or m.inc != inc:
+        return False
+    return any(type(effect) is Send and type(effect.msg) is Cleared for effect in effects)
 
 
 def _copied(faults: bool, *state: Any) -> Checker:

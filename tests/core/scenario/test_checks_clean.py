@@ -8,7 +8,9 @@ import pytest
 
 from kvcore.protocol.config import Rules, S
 from kvcore.protocol.messages import (
+    Clear,
     Committed,
+    Expelled,
     Fetch,
     MoveRequest,
     Pin,
@@ -294,4 +296,16 @@ def test_late_bytes_of_an_aborted_copy() -> None:
     w.land_and_end("b/0", rid)
     w.mail()
     assert w.store("b/0", "z") == "ok"
+    w.done()
+
+
+def test_a_clear_that_nobody_obeys() -> None:
+    """b has been expelled and has no epoch yet: it keeps what it holds, and hears no Clear."""
+    w = Watched()
+    w.store("b/0", "x")
+    w.clear("b")
+    clear = w.hold(Clear)
+    w.deliver(("ctl", "b/0", Expelled(w.controller().incarnation, w.worker("b/0").epoch)))
+    w.deliver(clear)
+    assert w.at("b/0") == "x"
     w.done()
