@@ -66,6 +66,8 @@ class Cluster:
         self.history: NoHistory = history
         self.observe: Optional[Observer] = None
         self.watched: bool = history.on
+        #: somebody watches, or the plan must be asked: not the shortest way
+        self.attended: bool = history.on or plan.active
         self.queued: Optional[Callable[[Tuple[int, int], int], None]] = None
         self.on_died: Callable[[str], None] = _ignore
         #: bytes were written: (node, location, slots)
@@ -85,7 +87,7 @@ class Cluster:
     def observed_by(self, observe: Observer) -> None:
         """Call it after every input, before the effects are carried out."""
         self.observe = observe
-        self.watched = True
+        self.watched = self.attended = True
 
     def watch(self, now: int, node: Node, item: Input, effects: List[Effect]) -> None:
         if self.history.on:
@@ -242,23 +244,26 @@ class Node:
         effects = self.handle(now, item)
         self.inputs += 1
         leave = self.gate_ns = now + self.service_ns
-        if self.cluster.watched:
-            self.cluster.watch(now, self, item, effects)
-        if self.cluster.plan_active:
-            self._carry_asking(now, effects, leave)
-        else:
-            for effect in effects:
-                if type(effect) is Send:
-                    peer = self.peers.get(effect.dst)
-                    if peer is not None:
-                        wire_ns = self.uniform_ns
-                        if wire_ns < 0:
-                            wire_ns = self.cluster.network.message_ns(self.site, peer.site)
-                        seq = loop.seq = loop.seq + 1
-                        received = Received(self.name, effect.msg)
-                        heappush(loop.heap, (leave + wire_ns, seq, peer.on_arrival, received, None))
-                else:
-                    leave = self._carry(effect, leave)
+        cluster = self.cluster
+        if cluster.attended:
+            if cluster.watched:
+                cluster.watch(now, self, item, effects)
+            if cluster.plan_active:
+                self._carry_asking(now, effects, leave)
+                effects = []
+        for effect in effects:
+            kind = type(effect)
+            if kind is Send:
+                peer = self.peers.get(effect.dst)  # type: ignore[union-attr]
+                if peer is not None:
+                    wire_ns = self.uniform_ns
+                    if wire_ns < 0:
+                        wire_ns = cluster.network.message_ns(self.site, peer.site)
+                    seq = loop.seq = loop.seq + 1
+                    received = Received(self.name, effect.msg)  # type: ignore[union-attr]
+                    heappush(loop.heap, (leave + wire_ns, seq, peer.on_arrival, received, None))
+            elif kind is not Note or self.is_client:
+                leave = self._carry(effect, leave)
         heap = self.timers.heap
         if heap and heap[0][0] < self.alarm_ns:
             self.arm()
@@ -322,16 +327,16 @@ class Node:
     def _carry(self, effect: Effect, leave: int) -> int:
         """Anything but a Send. Returns when what follows it leaves."""
         cluster = self.cluster
-        if isinstance(effect, StartCopy):
-            cluster.transfers.start(self, effect, leave)
-        elif isinstance(effect, Note):
-            if self.is_client:
-                cluster.on_note(effect)
-        elif isinstance(effect, Journal):
+        if isinstance(effect, Journal):
             self.journal.append(effect.record)
             leave += cluster.profile.journal_ns
             if self.gate_ns < leave:
                 self.gate_ns = leave
+        elif isinstance(effect, StartCopy):
+            cluster.transfers.start(self, effect, leave)
+        elif isinstance(effect, Note):
+            if self.is_client:
+                cluster.on_note(effect)
         else:
             self._carry_rare(effect, leave)
         return leave
