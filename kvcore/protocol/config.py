@@ -79,6 +79,8 @@ class Config(msgspec.Struct, frozen=True, gc=False, forbid_unknown_fields=True, 
     hold_ns: int = 600 * S
     events_kept_ns: int = 3600 * S
     events_kept: int = 100_000
+    events_max: int = 100_000
+    """Events in flight; beyond that a move is refused as busy."""
     push: bool = False
     """Who moves the bytes: the destination reads (False) or the source pushes (True)."""
     rules: Rules = ALL_RULES

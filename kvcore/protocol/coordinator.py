@@ -70,6 +70,7 @@ class Event:
         self.released: List[Optional[SourceOutcome]] = []
         self.renewed_ns: int = now
         self.give_up_ns: int = 0
+        self.via: str = ""
         #: every later Release keeps: a retention may have lapsed, or this is a copy
         self.keep: bool = request.copy
         #: found decided in the journal: no Release before every retention has been confirmed, or given up (H36)
@@ -111,10 +112,11 @@ class Coordinator:
         dst: List[Rank],
         why: Tuple[str, str],
         out: List[Effect],
+        number: int = 0,
     ) -> Event:
         """Journal Begin and pin at every source rank. ``why`` (reason, detail): fail at once instead."""
         config = self.config
-        number = self.new_event()
+        number = number or self.new_event()
         event = Event(number, m, now, now + (m.deadline_ns or config.deadline_ns))
         if client:
             event.clients.append((client, m.op))
@@ -320,6 +322,7 @@ class Coordinator:
             self._confirmed(now, event, r, m, out)
             return
         event.committed[r] = m.n
+        event.via = m.via or event.via
         if m.incarnation == self.incarnation and m.stamp > event.stamps[r]:
             event.stamps[r] = m.stamp
         if event.state == RESERVING:
@@ -526,7 +529,7 @@ class Coordinator:
                 held.pop(number, None)
         num_tokens = event.num_tokens if state == DONE else 0
         source = tuple([released for released in event.released if released is not None])
-        outcome = Outcome(number, state, reason, num_tokens, event.n, source, event.detail)
+        outcome = Outcome(number, state, reason, num_tokens, event.n, source, event.detail, event.via)
         self.remember(now, outcome)
         out.append(Journal(outcome))
         self._answer(event, event.clients + event.waiters, out)
@@ -567,7 +570,7 @@ class Coordinator:
         event = self.events.get(number)
         if event is not None:
             tokens = event.num_tokens if event.state in (COPYING, RELEASING) else 0
-            return Answer(op, event.state, tokens, number, event.reason, event.detail, event.n)
+            return Answer(op, event.state, tokens, number, event.reason, event.detail, event.n, via=event.via)
         outcome = self.ended.get(number)
         if outcome is None:
             return Answer(op, "refused", 0, number, "unknown_event")
@@ -580,6 +583,7 @@ class Coordinator:
             outcome.detail,
             outcome.n,
             outcome.source,
+            via=outcome.via,
         )
 
     def _answer(self, event: Event, clients: List[Tuple[str, str]], out: List[Effect]) -> None:

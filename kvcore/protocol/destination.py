@@ -54,6 +54,7 @@ class Reservation:
         self.stamp: int = m.stamp
         self.fencing: bool = False
         self.fence: Optional[bool] = None
+        self.via: str = ""
 
 
 @final
@@ -72,13 +73,18 @@ class Quarantine:
 class Retention:
     """From commit until the event is over: its keys are not evicted here."""
 
-    def __init__(self, pool: Pool, keys: Tuple[Key, ...], inc: Inc, rid: Rid, retain_ns: int) -> None:
+    def __init__(self, r: Reservation, keys: Tuple[Key, ...]) -> None:
+        pool = r.pool
         self.pool: Pool = pool
+        #: how many chunks were counted; that all of them are here is what H07 and H19 see to
+        self.n: int = len(r.keys)
         self.keys: Tuple[Key, ...] = keys
         self.slots: List[int] = [pool.index[key].slot for key in keys]
-        self.inc: Inc = inc
-        self.rid: Rid = rid
-        self.retain_ns: int = retain_ns
+        self.inc: Inc = pool.inc
+        self.rid: Rid = r.rid
+        self.retain_ns: int = r.retain_ns
+        self.present: Tuple[int, ...] = tuple([i for i, slot in enumerate(r.own) if slot < 0])
+        self.via: str = r.via
 
 
 @final
@@ -118,7 +124,7 @@ class Destination:
         retention = self.retentions.get(m.event)
         if retention is not None:
             self._retain_again(now, m.event, retention)
-            out.append(Send(src, Committed(m.event, pool.inc, len(retention.keys), m.stamp, m.incarnation)))
+            out.append(self._committed(src, m.event, retention, m.stamp, m.incarnation))
             return
         reservation = self.reservations.get(m.event)
         if reservation is not None:
@@ -210,24 +216,26 @@ class Destination:
 
     # ---- the bytes have arrived, or will not
     def on_copy_done(self, now: int, item: CopyDone, out: List[Effect]) -> None:
+        rules = self.config.rules
         r = self.by_rid.get(item.rid)
         if r is None or r.push:
             self.end_quarantine(item.rid)
-        elif not item.ok:
+            return
+        r.via = item.via
+        if not item.ok:
             self._refuse(r, "copy_failed", out, item.why)
-        elif not self.config.rules.h09:
+        elif not rules.h09:
             self._commit(now, r, out)
-        elif not self.config.rules.h10:
-            if r.fence is None:
-                r.fencing = True
-            else:
-                self._fenced(now, r, r.fence, out)
-        else:
+        elif rules.h10:
             r.fencing = True
             out.append(Send(r.src, Fence(r.pid, r.rid)))
-            if self.config.rules.h38:
+            if rules.h38:
                 # A source that does not answer for a lease has no pin any more.
                 self.timers.set(("reservation", r.event, 0), now + self.config.lease_ns)
+        elif r.fence is None:
+            r.fencing = True
+        else:
+            self._fenced(now, r, r.fence, out)
 
     def on_fenced(self, now: int, src: str, m: Fenced, out: List[Effect]) -> None:
         r = self.by_rid.get(m.rid)
@@ -254,6 +262,7 @@ class Destination:
         if r is None or not r.push:
             self.end_quarantine(m.rid)
         elif m.ok:
+            r.via = m.via
             self._commit(now, r, out)
         else:
             self._refuse(r, "source_changed" if m.why == "source_changed" else "copy_failed", out, m.why)
@@ -304,13 +313,19 @@ class Destination:
                 pool.touch(key, now)
                 continue
             pool.put(key, slot, parent_of(r.keys, i), r.lens[i], now)
-        self._retain(now, r)
-        out.append(Send(r.controller, Committed(r.event, pool.inc, len(r.keys), r.stamp, r.incarnation)))
+        retention = self._retain(now, r)
+        out.append(self._committed(r.controller, r.event, retention, r.stamp, r.incarnation))
+
+    def _committed(self, controller: str, event: int, kept: Retention, stamp: int, incarnation: int) -> Send:
+        committed = Committed(event, kept.inc, kept.n, stamp, incarnation, kept.present, kept.via)
+        return Send(controller, committed)
 
     # ---- retention
-    def _retain(self, now: int, r: Reservation) -> None:
-        keys = tuple(key for key in r.keys if key in r.pool.index)
-        retention = Retention(r.pool, keys, r.pool.inc, r.rid, r.retain_ns)
+    def _retain(self, now: int, r: Reservation) -> Retention:
+        index = r.pool.index
+        # Without h07 or h19 a counted key may be gone.
+        keys = tuple([key for key in r.keys if key in index])
+        retention = Retention(r, keys)
         self.retentions[r.event] = retention
         retained = r.pool.retained
         for key, slot in zip(keys, retention.slots):
@@ -320,6 +335,7 @@ class Destination:
             else:
                 held.append(slot)
         self.timers.set(("retention", r.event, 0), now + r.retain_ns)
+        return retention
 
     def _retain_again(self, now: int, event: int, retention: Retention) -> None:
         self.timers.set(("retention", event, 0), now + retention.retain_ns)
@@ -340,9 +356,7 @@ class Destination:
         reservation = self.reservations.get(m.event)
         if retention is not None:
             self._retain_again(now, m.event, retention)
-            out.append(
-                Send(src, Committed(m.event, retention.inc, len(retention.keys), m.stamp, m.incarnation))
-            )
+            out.append(self._committed(src, m.event, retention, m.stamp, m.incarnation))
         elif reservation is not None:
             self._stamp(reservation, src, m.stamp, m.incarnation)
             out.append(Send(src, Reserved(m.event, reservation.pool.inc, len(reservation.keys))))

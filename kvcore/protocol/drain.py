@@ -5,7 +5,12 @@ from __future__ import annotations
 
 from typing import Dict, List, Tuple, final
 
-from kvcore.protocol.messages import Key, MoveRequest
+from kvcore.protocol.chunks import namespace_mismatch
+from kvcore.protocol.config import Config
+from kvcore.protocol.coordinator import COPYING, DONE, FAILED, Coordinator, Event
+from kvcore.protocol.machine import Begin, Effect, Journal, Outcome, Send
+from kvcore.protocol.messages import Answer, Key, MoveRequest, Position
+from kvcore.protocol.registry import Registry
 
 Chain = Tuple[Tuple[Key, ...], Tuple[int, ...]]
 
@@ -18,7 +23,10 @@ class Drain:
         self.client: str = client
         self.chains: List[Chain] = chains
         self.deadline_ns: int = deadline_ns
+        self.places: List[Position] = [request.dst, *request.also]
         self.next: int = 0
+        #: destinations that the chain before ``next`` has been offered to
+        self.tried: int = 0
         self.child: int = 0
         #: chunk key -> tokens: chains share their heads, a chunk counts once
         self.planned: Dict[Key, int] = {key: n for keys, lens in chains for key, n in zip(keys, lens)}
@@ -40,3 +48,92 @@ class Drain:
 
     def num_tokens(self) -> int:
         return sum(self.planned.values())
+
+
+@final
+class Drains:
+    def __init__(self, registry: Registry, moves: Coordinator, config: Config) -> None:
+        self.registry: Registry = registry
+        self.moves: Coordinator = moves
+        self.config: Config = config
+        self.open: Dict[int, Drain] = {}
+        #: child move -> its drain
+        self.parents: Dict[int, int] = {}
+
+    def begin(self, now: int, client: str, m: MoveRequest, out: List[Effect]) -> None:
+        number = self.moves.new_event()
+        out.append(Journal(Begin(number, m)))
+        self.moves.name_event(number, m)
+        deadline_ns = now + (m.deadline_ns or self.config.deadline_ns)
+        drain = Drain(number, m, client, self.registry.chains(m.src), deadline_ns)
+        orphans = self.registry.count(m.src) - len(drain.planned)
+        if orphans:
+            drain.left.append(f"{orphans} chunks: some rank lacks them or an ancestor")
+        self.open[number] = drain
+        out.append(Send(client, Answer(m.op, COPYING, drain.num_tokens(), number)))
+        self._on(now, drain, out)
+
+    def _on(self, now: int, drain: Drain, out: List[Effect]) -> None:
+        """Begin the next chain's move, or end the drain."""
+        if drain.next < len(drain.chains) and not drain.cancelled:
+            drain.next += 1
+            drain.tried = 0
+            self._offer(now, drain, out)
+        else:
+            self._end(now, drain, out)
+
+    def _offer(self, now: int, drain: Drain, out: List[Effect]) -> None:
+        """Chains go to the destinations in turn; one that cannot be taken is offered to the next of them."""
+        m = drain.request
+        dst = drain.places[(drain.next - 1 + drain.tried) % len(drain.places)]
+        drain.tried += 1
+        sources, reason, detail = self.registry.place(m.src)
+        destinations = None
+        if sources is not None:
+            destinations, reason, detail = self.registry.place(dst)
+        if sources is None or destinations is None or now >= drain.deadline_ns:
+            drain.cancelled = reason or "deadline"
+            drain.next -= 1
+            self._end(now, drain, out)
+            return
+        keys, lens = drain.chains[drain.next - 1]
+        left_ns = drain.deadline_ns - now
+        child = MoveRequest(f"{m.op}/{drain.next}", m.src, dst, keys, lens, m.copy, "", left_ns, m.evict)
+        difference = namespace_mismatch(sources[0].register.namespace, destinations[0].register.namespace)
+        why = ("mismatch", f"source {difference[0]}; destination {difference[1]}") if difference else ("", "")
+        drain.child = self.moves.new_event()
+        self.parents[drain.child] = drain.number
+        self.moves.begin(now, "", child, sources, destinations, why, out, drain.child)
+
+    def child_ended(self, now: int, event: Event, out: List[Effect]) -> None:
+        """An event has ended; if it moved a chain of mine, the drain goes on."""
+        drain = self.open.get(self.parents.pop(event.number, 0))
+        if drain is None:
+            return
+        if event.state == FAILED and drain.tried < len(drain.places) and not drain.cancelled:
+            self._offer(now, drain, out)
+            return
+        kept = max([item.kept for item in event.released if item is not None] or [0])
+        why = next((item.why for item in event.released if item is not None and item.kept), "")
+        drain.child_ended(event.request, event.state, event.reason, event.n, kept, why)
+        self._on(now, drain, out)
+
+    def _end(self, now: int, drain: Drain, out: List[Effect]) -> None:
+        del self.open[drain.number]
+        if drain.cancelled:
+            left = len(drain.chains) - drain.next
+            drain.left.append(f"{left} chains not begun: {drain.cancelled}")
+        tokens = sum(drain.moved.values())
+        state = FAILED if drain.left or not drain.planned else DONE
+        reason = (drain.cancelled or "incomplete") if drain.left else "" if drain.planned else "nothing_held"
+        outcome = Outcome(drain.number, state, reason, tokens, len(drain.moved), (), "; ".join(drain.left[:8]))
+        self.moves.remember(now, outcome)
+        out.append(Journal(outcome))
+        for client, op in [(drain.client, drain.request.op), *drain.waiters]:
+            out.append(Send(client, self.moves.answer(drain.number, op)))
+
+    def answer(self, number: int, op: str) -> Answer:
+        """How far a drain has come."""
+        drain = self.open[number]
+        progress = f"chain {drain.next} of {len(drain.chains)}"
+        return Answer(op, COPYING, drain.num_tokens(), number, drain.cancelled, progress, len(drain.moved))

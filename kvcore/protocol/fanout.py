@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Dict, List, Tuple, final
+from typing import Dict, List, Optional, Tuple, final
 
 from kvcore.protocol.config import Config
-from kvcore.protocol.machine import Effect, Send, Timers
-from kvcore.protocol.messages import Answer, Clear, Cleared, Held, Hold, Key, Unhold
+from kvcore.protocol.machine import Begin, Effect, Journal, Outcome, Send, Timers
+from kvcore.protocol.messages import NO_ID, Answer, Clear, Cleared, Held, Hold, Inc, PinRequest, Unhold
 from kvcore.protocol.registry import Registry
 
 
 @final
 class Fanout:
-    """``kind``: clear, pin or unpin. ``answers``: -1 until that rank has answered."""
+    """``kind``: clear, pin or unpin. ``answers``: -1 until that rank has answered. ``asked``: the incarnation that a
+    rank was asked to clear: an answer under another epoch, or not above it, is not the answer to that."""
 
     def __init__(self, kind: str, number: int, client: str, op: str, location: str, ranks: List[str]) -> None:
         self.kind: str = kind
@@ -22,9 +23,8 @@ class Fanout:
         self.location: str = location
         self.ranks: List[str] = ranks
         self.answers: List[int] = [-1] * len(ranks)
-        self.keys: Tuple[Key, ...] = ()
-        self.lens: Tuple[int, ...] = ()
-        self.lease_ns: int = 0
+        self.asked: List[Inc] = [NO_ID] * len(ranks)
+        self.request: Optional[PinRequest] = None
         self.deadline_ns: int = 0
 
 
@@ -36,8 +36,8 @@ class Fanouts:
         self.config: Config = config
         self.incarnation: int = 0
         self.open: Dict[int, Fanout] = {}
-        #: user pins that live, for unpin: event -> ranks
-        self.pins: Dict[int, List[str]] = {}
+        #: user pins that live, as they were asked for
+        self.pins: Dict[int, PinRequest] = {}
 
     def start(self, now: int, fanout: Fanout, out: List[Effect]) -> None:
         fanout.deadline_ns = now + self.config.deadline_ns
@@ -51,10 +51,14 @@ class Fanouts:
                 continue
             if fanout.kind == "clear":
                 inc = self.registry.inc(address, fanout.location)
-                if inc is not None:
+                if inc is not None and inc[1] >= 0:
+                    if fanout.asked[r][0] != inc[0]:
+                        fanout.asked[r] = inc
                     out.append(Send(address, Clear(self.incarnation, number, fanout.location, inc)))
             elif fanout.kind == "pin":
-                hold = Hold(self.incarnation, number, fanout.location, fanout.keys, fanout.lease_ns)
+                assert fanout.request is not None
+                request = fanout.request
+                hold = Hold(self.incarnation, number, fanout.location, request.keys, request.lease_ns)
                 out.append(Send(address, hold))
             else:
                 out.append(Send(address, Unhold(self.incarnation, number)))
@@ -73,46 +77,65 @@ class Fanouts:
 
     def on_cleared(self, now: int, src: str, m: Cleared, out: List[Effect]) -> None:
         fanout = self.open.get(m.event)
-        if fanout is not None and fanout.kind == "clear":
-            # Under a lower incarnation than this answer's the location held nothing that came after the request.
-            self._answered(fanout, src, 0, out)
+        if fanout is None or fanout.kind != "clear" or src not in fanout.ranks:
+            return
+        asked = fanout.asked[fanout.ranks.index(src)]
+        if m.inc[0] == asked[0] and (m.inc > asked or not self.config.rules.h20):
+            self._answered(now, fanout, src, 0, out)
 
     def on_held(self, now: int, src: str, m: Held, out: List[Effect]) -> None:
         fanout = self.open.get(m.event)
         if fanout is not None and (fanout.kind == "unpin") == (m.n == 0):
-            self._answered(fanout, src, m.n, out)
+            self._answered(now, fanout, src, m.n, out)
         elif fanout is not None and fanout.kind == "pin":
             # One rank holds nothing: pinned on all ranks or on none.
             self._end(fanout, Answer(fanout.op, "refused", 0, fanout.number, "nothing_held"), out)
-            self.pins.pop(fanout.number, None)
+            self.forget(fanout.number, "nothing_held", out)
             for address in fanout.ranks:
                 out.append(Send(address, Unhold(self.incarnation, fanout.number)))
 
-    def _answered(self, fanout: Fanout, src: str, n: int, out: List[Effect]) -> None:
+    def _answered(self, now: int, fanout: Fanout, src: str, n: int, out: List[Effect]) -> None:
         if src not in fanout.ranks:
             return
         fanout.answers[fanout.ranks.index(src)] = n
         least = min(fanout.answers)
         if least < 0:
             return
-        tokens = sum(fanout.lens[:least])
+        tokens = sum(fanout.request.lens[:least]) if fanout.request is not None else 0
         if fanout.kind == "pin":
-            self.pins[fanout.number] = fanout.ranks
+            assert fanout.request is not None
+            if fanout.number not in self.pins:
+                out.append(Journal(Begin(fanout.number, fanout.request)))
+            self.keep(now, fanout.number, fanout.request)
         elif fanout.kind == "unpin":
-            self.pins.pop(fanout.number, None)
+            self.forget(fanout.number, "unpinned", out)
         self._end(fanout, Answer(fanout.op, "ok", tokens, fanout.number, n=least), out)
+
+    def keep(self, now: int, number: int, request: PinRequest) -> None:
+        """A user's pin lives; it is forgotten here no sooner than it ends at the workers."""
+        self.pins[number] = request
+        self.timers.set(("hold", number, 0), now + request.lease_ns + self.config.retry_ns)
+
+    def forget(self, number: int, why: str, out: List[Effect]) -> None:
+        if self.pins.pop(number, None) is not None:
+            self.timers.cancel(("hold", number, 0))
+            out.append(Journal(Outcome(number, "done", why)))
+
+    def on_hold_timer(self, now: int, name: Tuple[str, int, int], out: List[Effect]) -> None:
+        self.forget(name[1], "lapsed", out)
 
     def _end(self, fanout: Fanout, answer: Answer, out: List[Effect]) -> None:
         del self.open[fanout.number]
         self.timers.cancel(("fanout", fanout.number, 0))
         out.append(Send(fanout.client, answer))
 
-    def participant_changed(self, address: str, out: List[Effect]) -> None:
-        """A rank's process is gone: what was to be cleared is gone with it, what was to be pinned cannot be."""
+    def participant_changed(self, now: int, address: str, out: List[Effect]) -> None:
+        """A rank's process is not believed any more: what was to be pinned cannot be, what was to be unpinned is. What
+        was to be cleared is asked of its next epoch: a process that was only silent has kept its bytes."""
         for fanout in list(self.open.values()):
             if address not in fanout.ranks:
                 continue
             if fanout.kind == "pin":
                 self._end(fanout, Answer(fanout.op, "failed", 0, fanout.number, "participant_restarted", address), out)
-            else:
-                self._answered(fanout, address, 0, out)
+            elif fanout.kind == "unpin":
+                self._answered(now, fanout, address, 0, out)

@@ -23,11 +23,11 @@ from typing import Dict, List, Optional, Tuple, Union
 import msgspec
 
 from kvcore.protocol.messages import (
-    ClearRequest,
     Inc,
     Key,
     MoveRequest,
     Pid,
+    PinRequest,
     Register,
     Rid,
     SourceOutcome,
@@ -50,10 +50,11 @@ class Incarnation(Record, frozen=True, gc=False):
 
 
 class Begin(Record, frozen=True, gc=False):
-    """Before the first Pin. Alone it means failed("controller restarted"): presumed abort."""
+    """Before the first Pin. Alone it means failed("controller restarted"): presumed abort. Of a user's pin: it lives
+    on at the workers until it is unpinned or its lease ends."""
 
     event: int
-    request: Union[MoveRequest, ClearRequest]
+    request: Union[MoveRequest, PinRequest]
 
 
 class Decide(Record, frozen=True, gc=False):
@@ -85,6 +86,7 @@ class Outcome(Record, frozen=True, gc=False):
     n: int = 0
     source: Tuple[SourceOutcome, ...] = ()
     detail: str = ""
+    via: str = ""
 
 
 JournalRecord = Union[Incarnation, Begin, Decide, EpochIssued, Outcome]
@@ -113,9 +115,12 @@ class TimerFired(Record, frozen=True, gc=False):
 
 
 class CopyDone(Record, frozen=True, gc=False):
+    """``via``: the transport that really carried the bytes."""
+
     rid: Rid
     ok: bool
     why: str = ""
+    via: str = ""
 
 
 class CopyStopped(Record, frozen=True, gc=False):

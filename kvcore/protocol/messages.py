@@ -223,6 +223,10 @@ class Committed(Message, frozen=True, gc=False):
     n: int
     stamp: int = 0
     incarnation: int = 0
+    present: Tuple[int, ...] = ()
+    """Which of keys[:n] were here already, by position: nothing was copied for them."""
+    via: str = ""
+    """The transport that really carried the bytes, as the driver read it from what carried them."""
 
 
 class Retain(Message, frozen=True, gc=False):
@@ -268,6 +272,8 @@ class Released(Message, frozen=True, gc=False):
     deleted: int = 0
     kept: int = 0
     why: str = ""
+    kept_at: Tuple[int, ...] = ()
+    """Which of keys[:n] were kept, by position."""
 
 
 # ---- worker to worker -----------------------------------------------------------------------------------------------
@@ -301,6 +307,7 @@ class Pushed(Message, frozen=True, gc=False):
     rid: Rid
     ok: bool
     why: str = ""
+    via: str = ""
 
 
 class Stop(Message, frozen=True, gc=False):
@@ -353,7 +360,11 @@ Position = Tuple[str, str]
 
 
 class MoveRequest(Message, frozen=True, gc=False):
-    """client -> controller. Empty ``keys`` means all that ``src`` holds (drain). ``idem``: idempotency key."""
+    """client -> controller. Empty ``keys`` means all that ``src`` holds (drain). ``idem``: idempotency key.
+
+    ``also``: more destinations of a drain, taken in turn. ``priority`` and ``cap_bytes_per_s`` are carried and
+    journaled here; it is the data path's to honour them.
+    """
 
     op: str
     src: Position
@@ -364,6 +375,9 @@ class MoveRequest(Message, frozen=True, gc=False):
     idem: str = ""
     deadline_ns: int = 0
     evict: bool = True
+    also: Tuple[Position, ...] = ()
+    priority: int = 0
+    cap_bytes_per_s: int = 0
 
 
 class LookupRequest(Message, frozen=True, gc=False):
@@ -373,11 +387,14 @@ class LookupRequest(Message, frozen=True, gc=False):
 
 
 class PinRequest(Message, frozen=True, gc=False):
+    """client -> controller: a user's pin, for ``lease_ns``. ``event``: an earlier one's, to begin its lease again."""
+
     op: str
     position: Position
     keys: Tuple[Key, ...]
     lens: Tuple[int, ...]
     lease_ns: int = 0
+    event: int = 0
 
 
 class UnpinRequest(Message, frozen=True, gc=False):
@@ -453,6 +470,7 @@ class Answer(Message, frozen=True, gc=False):
     n: int = 0
     source: Tuple[SourceOutcome, ...] = ()
     found: Tuple[Found, ...] = ()
+    via: str = ""
 
 
 Wire = Union[

@@ -138,6 +138,18 @@ class Registry:
         view = rank.views.get(location) if rank is not None else None
         return view.inc if view is not None else None
 
+    def place(self, position: Position) -> Tuple[Optional[List[Rank]], str, str]:
+        """(ranks, reason, detail): the ranks of a position, or why there are none, naming what is known."""
+        ranks = self.instance(position[0])
+        if ranks is None:
+            known = ", ".join(self.instances())
+            return None, "unknown_instance", f"{position[0]!r} is not here; known: {known or 'none'}"
+        for rank in ranks:
+            if position[1] not in rank.views:
+                known = ", ".join(rank.views)
+                return None, "unknown_location", f"{position[1]!r} is not at {position[0]}; known: {known}"
+        return ranks, "", ""
+
     # ---- the view
     def _add(self, view: View, entry: Entry) -> None:
         if entry.key not in view.entries:

@@ -184,7 +184,7 @@ def _fanout() -> None:
     row("asking", "UnpinRequest: of a pin that is not yet", "refuse: unknown_event", "", "", "Answer")
     row("none", "Held, Cleared", "ignored: nobody has asked, or it has been answered")
     row("asking", "Held: others missing", "keep")
-    row("asking", "Held: the last rank", "answer the least of the ranks", "none", "", "Answer")
+    row("asking", "Held: the last rank", "journal the pin, answer the least of the ranks", "none", "", "Journal Answer")
     row("asking", "Held: n = 0, to a pin", "refuse: nothing_held; let go at every rank", "none", "", "Answer Unhold")
     row("asking", "Cleared: others missing", "keep")
     row("asking", "Cleared: the last rank", "answer", "none", "", "Answer")
@@ -192,7 +192,11 @@ def _fanout() -> None:
     row("asking", "fanout timer: deadline", "fail: unreachable, naming who", "none", "", "Answer")
     row("none", "Beat: of a rank's new epoch", "nothing: nobody waits for it", "", "", "Note")
     row("asking", "Beat: of a rank's new epoch, to a pin", "fail: participant_restarted", "none", "", "Answer Note")
-    row("asking", "Beat: of a rank's new epoch, to a clear", "counts as cleared", "none", "", "Answer Note")
+    row("asking", "Beat: of a rank's new epoch, to a clear", "that epoch is asked next", "", "", "Note")
+    row("none", "PinRequest: of a live pin", "begin its lease again at every rank", "asking", "", "Hold")
+    row("none", "PinRequest: of no pin", "refuse: unknown_event", "", "", "Answer")
+    row("none", "hold timer", "the pin has lapsed: forget it", "", "", "Journal")
+    row("asking", "hold timer", "the pin that is asked for anew has lapsed: forget it", "", "", "Journal")
 
 
 def _drain() -> None:

@@ -159,20 +159,20 @@ class Source:
             out.append(Send(src, Released(m.event, m.pid, 0, 0, "pin_gone")))
             return
         deleted = 0
-        kept = 0
+        kept_at: List[int] = []
         why = ""
         if m.delete:
             n = m.n if rules.h21 else len(pin.slots)
             for i in range(n - 1, -1, -1):
                 reason = self._keeps(pin, i)
                 if reason:
-                    kept += 1
+                    kept_at.append(i)
                     why = why or reason
                 else:
                     pin.pool.drop(pin.keys[i])
                     deleted += 1
         self._unpin(m.event)
-        out.append(Send(src, Released(m.event, m.pid, deleted, kept, why)))
+        out.append(Send(src, Released(m.event, m.pid, deleted, len(kept_at), why, tuple(kept_at))))
 
     def _keeps(self, pin: PinState, i: int) -> str:
         """Why the i-th pinned chunk must stay, or ""."""
@@ -232,7 +232,7 @@ class Source:
         if isinstance(item, CopyDone):
             alive = writer.pid in self.alive or not self.config.rules.h09
             why = item.why if not item.ok else "" if alive else "source_changed"
-            out.append(Send(writer.dst, Pushed(item.rid, item.ok and alive, why)))
+            out.append(Send(writer.dst, Pushed(item.rid, item.ok and alive, why, item.via)))
         else:
             out.append(Send(writer.dst, Stopped(item.rid)))
         return True

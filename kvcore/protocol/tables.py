@@ -48,12 +48,12 @@ def _controller_state(machine: str, node: Controller, event: int, who: Tuple[str
         ended = node.moves.ended.get(event)
         return running.state if running is not None else ended.state if ended is not None else "unknown"
     if machine == "drain":
-        return "draining" if event in node.drains else "none"
+        return "draining" if event in node.drains.open else "none"
     if machine == "fanout":
         return "asking" if event in node.fanouts.open else "none"
     known = node.registry.ranks.get(who)
     issued = any((r.register.instance, r.register.rank) == who for r in node.registry.issued.values())
-    if who in node.probing:
+    if who in node.members.probing:
         return "probing"
     if known is None:
         return "issued" if issued else "unknown"

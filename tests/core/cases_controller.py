@@ -456,6 +456,19 @@ def unpin(state: str) -> Tuple[Story, Act]:
     return w, lambda: w.request(UnpinRequest("u", w.event))
 
 
+def live_pin(act: Callable[[Story], List[Effect]]) -> Case:
+    """A pin that lives; if the state is asking, its lease is being begun again."""
+
+    def case(state: str) -> Tuple[Story, Act]:
+        w, _ = fan(lambda w: [])("asking")
+        w.mail()
+        if state == "asking":
+            w.request(PinRequest("r", ("b", CPU), (), (), event=w.event))
+        return w, lambda: act(w)
+
+    return case
+
+
 def rank_restarts(first: Wire) -> Case:
     def do(w: Story) -> List[Effect]:
         w.fresh.clear()
@@ -487,6 +500,9 @@ FANOUT: Dict[str, Case] = {
     "Cleared: the last rank": fan(cleared, clear_request()),
     "fanout timer": fan(lambda w: w.give("ctl", TimerFired(("fanout", w.event, 0)))),
     "fanout timer: deadline": fan(lambda w: w.due("ctl", 100 * MS), deadline_ns=100 * MS),
+    "PinRequest: of a live pin": live_pin(lambda w: w.request(PinRequest("q", ("b", CPU), (), (), event=w.event))),
+    "PinRequest: of no pin": fan(lambda w: w.request(PinRequest("q", ("b", CPU), (), (), event=w.event))),
+    "hold timer": live_pin(lambda w: w.give("ctl", TimerFired(("hold", w.event, 0)))),
     "Beat: of a rank's new epoch": rank_restarts(pin_request()),
     "Beat: of a rank's new epoch, to a pin": rank_restarts(pin_request()),
     "Beat: of a rank's new epoch, to a clear": rank_restarts(clear_request()),
