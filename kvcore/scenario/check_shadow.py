@@ -55,6 +55,11 @@ class PoolShadow:
             del self.kids[parent]
         return slot
 
+    def unreachable(self) -> List[Key]:
+        """Chunks whose parent is not here: every lookup stops before them."""
+        slots = self.slots
+        return [key for key, parent in self.parents.items() if parent and parent not in slots]
+
     def compare(self, pool: Pool, named: Optional[Dict[Key, None]]) -> Tuple[List[Key], List[Key]]:
         """(keys that are new or have another slot, keys that are gone). ``named``: look at these only, if the size
         agrees with them."""

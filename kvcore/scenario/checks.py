@@ -121,6 +121,9 @@ class Checker:
         if whole:
             for line in recount(worker):
                 self.say("Free", node, now, line)
+            for location, pool_shadow in shadow.pools.items():
+                for key in pool_shadow.unreachable():
+                    self.say("Shared", node, now, f"{short(key)} is in {location}, what it follows is not")
         for location, slots in changed:
             self.look(now, node, location, None if whole else slots)
         if type(item) is ReadDone and not item.ok:

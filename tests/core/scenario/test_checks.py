@@ -273,7 +273,9 @@ def test_truth_a_commit_of_what_is_not_there() -> None:
     w.store("b/0", "z")
     while not watch.checker.violations:
         assert w.step()
-    assert broken(watch) == ["Truth"]
+    first, second = watch.checker.violations
+    assert first.property == "Truth" and second.property == "Shared"
+    assert second.text == "y is in cpu, what it follows is not"
 
 
 def test_truth_a_count_of_what_was_deleted() -> None:
