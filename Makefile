@@ -8,6 +8,8 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 # More for pytest: make test ARGS="-k fence -x"
 ARGS   ?=
+# Test processes side by side; make test JOBS=0 is one after the other, with what tests print (ARGS=-s)
+JOBS   ?= $(shell n=$$(nproc 2>/dev/null || echo 1); [ $$n -lt 4 ] && echo $$n || echo 4)
 # Where torch comes from. A CPU-only machine that fetches it from PyPI gets a CUDA runtime along with it; spare that with
 #   make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu
 TORCH_INDEX ?=
@@ -37,7 +39,7 @@ demo: $(VENV)/.stamp
 	@$(BIN)/kvmove demo
 
 test: $(VENV)/.stamp
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) $(ARGS)
 
 lint: $(VENV)/.stamp
 	$(BIN)/ruff check .
@@ -57,7 +59,7 @@ fast: $(VENV)/.stamp
 	@cp -r kvcore kvsim kvreal kvmove scenarios profiles tests setup.py pyproject.toml README.md build/fast/
 	cd build/fast && KVMOVE_COMPILE=1 ../../$(BIN)/python setup.py -q build_ext --inplace
 	cd build/fast && PYTHONPATH=$(CURDIR)/build/fast ../../$(BIN)/python -m kvmove --version
-	cd build/fast && PYTHONPATH=$(CURDIR)/build/fast ../../$(BIN)/python -m pytest -m "not real" $(ARGS)
+	cd build/fast && PYTHONPATH=$(CURDIR)/build/fast ../../$(BIN)/python -m pytest -n $(JOBS) -m "not real" $(ARGS)
 
 search: $(VENV)/.stamp
 	@$(BIN)/kvmove search $(ARGS)
