@@ -63,6 +63,7 @@ class Cluster:
         self.profile: Profile = profile
         self.plan: FaultPlan = plan
         self.plan_active: bool = plan.active
+        self.anchors: Dict[str, None] = dict.fromkeys([name for _, name in plan.rules])
         self.history: NoHistory = history
         self.observe: Optional[Observer] = None
         self.watched: bool = history.on
@@ -94,6 +95,12 @@ class Cluster:
             self.history.add(now, node.name, item, effects)
         if self.observe is not None:
             self.observe(now, node.name, node.machine, item, effects)
+
+    def asks_about(self, effect: Effect) -> bool:
+        """Can any fault be anchored to it? Most effects are none of the plan's business."""
+        if type(effect) is Send:
+            return type(effect.msg).__name__ in self.anchors
+        return type(effect) is not Note or effect.detail in self.anchors
 
     def inputs(self) -> int:
         """How many inputs machines have handled so far."""
@@ -376,7 +383,7 @@ class Node:
         plan = cluster.plan
         turn = self.turn
         for effect in effects:
-            verdict = plan.effect(now, self.name, effect)
+            verdict = plan.effect(now, self.name, effect) if cluster.asks_about(effect) else FINE
             if verdict is FINE and type(effect) is not Send:
                 leave = self._carry(effect, leave)
                 continue
