@@ -270,7 +270,7 @@ class Node:
         if item.state == "stopped":
             self.offer(m.CopyStopped(item.rid))
         else:
-            self.offer(m.CopyDone(item.rid, item.state == "done", item.why))
+            self.offer(m.CopyDone(item.rid, item.state == "done", item.why, item.transport))
 
     # ---- faults of nodes
     def _befall(self, actions: Tuple[Action, ...]) -> None:
