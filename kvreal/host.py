@@ -67,9 +67,9 @@ class Host:
             self._watch_output()
             self.poller.poll(self._timeout_ms())
             self.pipe.flush()
-            for message in self.backlog + self.pipe.hear():
+            earlier, self.backlog = self.backlog, []
+            for message in earlier + self.pipe.hear():  # obeying one may put more into the backlog
                 self._obey(message)
-            self.backlog = []
             if self.pipe.ended:
                 return
             self._guarded(self._work)
@@ -89,6 +89,8 @@ class Host:
         node.run_due()
 
     def _timeout_ms(self) -> Optional[int]:
+        if self.backlog:
+            return 0
         due = self.node.next_due() if self.node is not None and not self.failed else None
         if due is None or self.node is None:
             return None
