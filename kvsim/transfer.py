@@ -218,7 +218,7 @@ class Transfers:
             overhead_ns = transfer.path[1] + cluster.profile.transfer_overhead_ns(len(effect.slots))
             solo_ns = overhead_ns + ceil(transfer.nbytes / transfer.solo_rate())
             cluster.queued(effect.rid, max(0, cluster.loop.now_ns - transfer.start_ns - solo_ns))
-        transfer.owner.on_arrival(CopyDone(effect.rid, True, "", "simulated"), None)
+        transfer.owner.on_arrival(CopyDone(effect.rid, True), None)
 
     def _fail(self, transfer: Transfer, why: str) -> None:
         if transfer.ended:
