@@ -57,6 +57,7 @@ class Event:
         self.src: List[str] = []
         self.dst: List[str] = []
         self.src_epochs: List[int] = []
+        self.src_endpoints: List[str] = []
         self.src_incs: List[Inc] = []
         self.dst_incs: List[Inc] = []
         self.pids: List[Pid] = []
@@ -131,6 +132,7 @@ class Coordinator:
         event.src = [rank.address for rank in src]
         event.dst = [rank.address for rank in dst]
         event.src_epochs = [rank.epoch for rank in src]
+        event.src_endpoints = [rank.register.endpoint for rank in src]
         event.src_incs = [rank.views[m.src[1]].inc for rank in src]
         event.pids = [NO_ID] * ranks
         event.slots = [()] * ranks
@@ -271,6 +273,7 @@ class Coordinator:
                             now,
                             self.config.push and src != address,
                             m.evict,
+                            event.src_endpoints[r],
                         ),
                     )
                 )

@@ -99,6 +99,8 @@ class Destination:
         self.config: Config = config
         self.epoch: int = 0
         self.counter: int = 0
+        #: where a pushing peer finds this process's memory
+        self.endpoint: str = ""
         self.reservations: Dict[int, Reservation] = {}
         self.by_rid: Dict[Rid, Reservation] = {}
         self.quarantines: Dict[Rid, Quarantine] = {}
@@ -199,15 +201,15 @@ class Destination:
         ours = tuple(slot for slot in r.own if slot >= 0)
         theirs = tuple(r.src_slots[i] for i, slot in enumerate(r.own) if slot >= 0)
         lens = tuple(r.lens[i] for i, slot in enumerate(r.own) if slot >= 0)
-        return StartCopy(
-            r.rid, True, r.src, r.src_epoch, r.src_location, theirs, r.pool.name, ours, lens, r.endpoint
-        )
+        return StartCopy(r.rid, True, r.src, r.src_epoch, r.src_location, theirs, r.pool.name, ours, lens, r.endpoint)
 
     def _push(self, r: Reservation) -> Send:
         ours = tuple(slot for slot in r.own if slot >= 0)
         theirs = tuple(r.src_slots[i] for i, slot in enumerate(r.own) if slot >= 0)
         lens = tuple(r.lens[i] for i, slot in enumerate(r.own) if slot >= 0)
-        return Send(r.src, Push(r.rid, r.pid, r.src_location, theirs, r.pool.name, ours, lens, self.epoch))
+        return Send(
+            r.src, Push(r.rid, r.pid, r.src_location, theirs, r.pool.name, ours, lens, self.epoch, self.endpoint)
+        )
 
     def _stamp(self, r: Reservation, controller: str, stamp: int, incarnation: int) -> None:
         r.controller = controller

@@ -206,7 +206,7 @@ class Worker(Machine):
     # ---- birth
     def on_boot(self, now: int, item: Boot, out: List[Effect]) -> None:
         self.nonce = item.nonce
-        self.endpoint = item.endpoint
+        self.endpoint = self.destination.endpoint = item.endpoint
         self.born_ns = now
         self.on_register_timer(now, REGISTER, out)
 
