@@ -25,7 +25,7 @@ Bytes = npt.NDArray[np.uint8]
 PAGE: Final = 4096
 HUGE: Final = 2 << 20
 POISON: Final = 0xDB
-POISON_STRIDE: Final = 65536
+POISON_STRIDE: Final = 1 << 18
 MADV_POPULATE_WRITE: Final = 23
 PRIVATE: Final = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
 
@@ -231,14 +231,15 @@ class Memory:
         return copy
 
     def soil(self, location: str, slots: Sequence[int], poison: bool = False) -> None:
-        """Note that these slots are about to be written; ``poison`` spoils what they hold, every 64 KiB, so that a copy
-        which did not happen cannot be taken for one that did."""
+        """Note that these slots are about to be written; ``poison`` spoils what they hold, every 256 KiB, so that a
+        copy which did not happen cannot be taken for one that did."""
         for slot in slots:
             item = (location, slot)
             if item in self.dirty:
                 if poison and not self.on_gpu(location):
                     view = self.view(location, slot, self.places[location].slot_bytes)
                     view[:64] = POISON
+                    view[-64:] = POISON
                     view[::POISON_STRIDE] = POISON
             else:
                 self.dirty.add(item)

@@ -31,7 +31,9 @@ from kvreal.transfer.window import Hello, Info, Window, split_endpoint
 BATCH_BYTES: Final = 64 << 20
 IN_FLIGHT: Final = 8
 SHORTEST_SLEEP_S: Final = 20e-6
-LONGEST_SLEEP_S: Final = 1e-3
+LONGEST_SLEEP_S: Final = 100e-6
+"""Between two looks at what needs our progress. An emulated copy moves only while somebody looks."""
+IDLE_SLEEP_S: Final = 20e-3
 REVOKE: Final = b"R"
 
 Descriptors = npt.NDArray[np.uint64]
@@ -102,16 +104,23 @@ class NixlTransfer(Transfer):
 
     # ---- the side whose memory is touched
     def serve(self, window: Window) -> None:
-        """Make progress until the other side hangs up: often at first, then ever less."""
-        sleep_s = SHORTEST_SLEEP_S
+        """Make progress until the other side hangs up: often if it depends on that, else now and then."""
+        sleep_s = SHORTEST_SLEEP_S if window.hello.helped else IDLE_SLEEP_S
+        longest_s = LONGEST_SLEEP_S if window.hello.helped else IDLE_SLEEP_S
         poller = select.poll()
         poller.register(window.sock, select.POLLIN)
-        while not poller.poll(0):
+        while not poller.poll(0 if window.hello.helped else sleep_s * 1e3):
             with self.agent_lock:
                 self.agent.get_new_notifs()
-            time.sleep(sleep_s)
-            sleep_s = min(sleep_s * 1.1, LONGEST_SLEEP_S)
+            if window.hello.helped:
+                time.sleep(sleep_s)
+            sleep_s = min(sleep_s * 1.1, longest_s)
         self._drain()
+
+    def _helped(self, read: bool) -> bool:
+        """Whether the peer must make progress for our copies: over tcp, and while UCX has not said what it uses."""
+        lanes = self.tables.lanes("read" if read else "write", BATCH_BYTES)
+        return lanes == "unknown" or "tcp" in lanes
 
     def _drain(self) -> None:
         """Take in what a writer that has gone had sent before (emulated writes only; CMA and RDMA leave nothing)."""
@@ -128,7 +137,8 @@ class NixlTransfer(Transfer):
         copy = job.copy
         process = split_endpoint(copy.endpoint)[3]
         peer = self.peers.get(process)
-        sock, grant = self.connect(job, peer.layout if peer is not None else -1)
+        helped = peer is None or self._helped(copy.effect.read)
+        sock, grant = self.connect(job, peer.layout if peer is not None else -1, helped)
         with sock:
             if grant.info is not None:
                 peer = self._meet(process, grant.info)
@@ -318,7 +328,7 @@ class NixlTransfer(Transfer):
     def _shake_hands(self, address: str, endpoint: str, process: str) -> None:
         with contextlib.suppress(Exception):
             peer = self.peers.get(process)
-            hello = Hello(self.token, "greet", self.address, 0, address, 0, "", (), peer.layout if peer else -1)
+            hello = Hello(self.token, "greet", self.address, 0, address, 0, "", (), peer.layout if peer else -1, True)
             sock, grant = self._dial(endpoint, hello, None)
             with sock:
                 if grant.info is None:
