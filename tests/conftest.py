@@ -11,12 +11,22 @@ from pathlib import Path
 import hypothesis
 import pytest
 
+from kvmove.version import compiled
+
 hypothesis.settings.register_profile("here", deadline=None, print_blob=True)
 hypothesis.settings.register_profile("ci", deadline=None, print_blob=True, derandomize=True, database=None)
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "here")
 
 
+#: Tests that fork machines by pickling them, which native classes do not allow. The search is always pure.
+FORKS = ("test_search.py::", "test_a_fork_goes_its_own_way")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if compiled():
+        for item in items:
+            if any(name in item.nodeid for name in FORKS):
+                item.add_marker(pytest.mark.skip(reason="compiled machines cannot be forked"))
     if importlib.util.find_spec("zmq") is None:
         skip = pytest.mark.skip(reason="pyzmq is not installed: pip install 'kvmove[real]'")
         for item in items:

@@ -38,6 +38,11 @@ def search(
 
     Exit status: 0 nothing violated and everything met, 1 otherwise, 2 bad input.
     """
+    from kvmove.version import compiled
+
+    if compiled():
+        raise UserError("the search forks machines, which the compiled core cannot do: run it on the pure one")
+
     from kvcore.protocol.config import Rules
     from kvcore.scenario.search.cases import CASES
     from kvcore.scenario.search.run import search_all, summary
