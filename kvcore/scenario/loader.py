@@ -6,7 +6,7 @@ import io
 import math
 import re
 from pathlib import Path as FilePath
-from typing import Any, Dict, Final, List, Sequence, Set, Tuple, Union
+from typing import Any, Callable, Dict, Final, List, Optional, Sequence, Set, Tuple, Type, TypeVar, Union
 
 import msgspec
 import yaml
@@ -17,7 +17,9 @@ from kvcore.scenario.mistake import Mistake, Path, path_text, shown
 from kvcore.scenario.schema import Body, Scenario
 from kvcore.scenario.units import Quantity, Tokens
 
-__all__ = ["ScenarioError", "dump", "json_schema", "load", "load_data", "loads"]
+__all__ = ["ScenarioError", "dump", "json_schema", "load", "load_as", "load_data", "loads"]
+
+T = TypeVar("T", bound=msgspec.Struct)
 
 BYTES_MAX: Final = 1 << 20
 """A scenario file says little; bigger workloads come from generators."""
@@ -208,6 +210,19 @@ def _read(path: Union[str, FilePath]) -> str:
         before = data[: error.start]
         line, column = before.count(b"\n") + 1, len(before) - before.rfind(b"\n")
         raise ScenarioError(name, line, column, "", f"not text in UTF-8: the byte 0x{data[error.start]:02X}") from None
+
+
+def load_as(path: Union[str, FilePath], kind: Type[T], sift: Callable[[Dict[str, Any]], Optional[Mistake]]) -> T:
+    """Another YAML file (an instance's) under the same rules, as a struct. ``sift`` takes out what ``kind`` does not
+    know, or says what is wrong there. ScenarioError names file, line, column and field."""
+    source = _Text(str(path))
+    data = source.parse(_read(path).removeprefix("\ufeff"))
+    if not isinstance(data, dict):
+        raise ScenarioError(source.name, 1, 1, "", f"found {shown(data)}, expected a mapping")
+    result = sift(data) or located.convert_as(data, kind)
+    if isinstance(result, Mistake):
+        raise _placed(source, result, {}, set())
+    return result
 
 
 def loads(text: str, name: str = "scenario", overrides: Sequence[str] = ()) -> Scenario:

@@ -8,13 +8,15 @@ from __future__ import annotations
 import re
 import types
 import typing
-from typing import Any, Dict, Final, List, Literal, Optional, Tuple, Union
+from typing import Any, Dict, Final, List, Literal, Optional, Tuple, Type, TypeVar, Union
 
 import msgspec
 
 from kvcore.scenario.mistake import Mistake, Path, choices, nearest, shown, unknown
 from kvcore.scenario.schema import Body, Fault, Scenario, Step
 from kvcore.scenario.units import UnitError, dec_hook
+
+T = TypeVar("T", bound=msgspec.Struct)
 
 _AT: Final = re.compile(r" - at `(.*)`\Z", re.DOTALL)
 _TOKEN: Final = re.compile(r"\.(?P<name>\w+)|\[(?P<index>\d+)\]|(?P<some>\[\.\.\.\])", re.ASCII)
@@ -35,10 +37,15 @@ _WORDS: Final[Dict[str, str]] = {
 
 def convert(data: Any) -> Union[Scenario, Mistake]:
     """The scenario that ``data`` says, or the first mistake of its form."""
+    return convert_as(data, Scenario)
+
+
+def convert_as(data: Any, kind: Type[T]) -> Union[T, Mistake]:
+    """The same for any struct."""
     try:
-        return msgspec.convert(data, Scenario, dec_hook=dec_hook)
+        return msgspec.convert(data, kind, dec_hook=dec_hook)
     except msgspec.ValidationError as error:
-        return _locate(error, data, Scenario, ())
+        return _locate(error, data, kind, ())
 
 
 def _locate(error: msgspec.ValidationError, data: Any, kind: Any, path: Path) -> Mistake:
