@@ -124,6 +124,8 @@ class Simulation:
 
     def _observe(self, now: int, name: str, machine: Machine, item: Input, effects: List[Effect]) -> None:
         self.phases.step(now, name, item, effects)
+        if type(item) is Command and item.what == "unmount" and item.args[1] == "on":
+            self.cluster.nodes[name].memory.slots[item.args[0]].clear()
         if self.checker is not None:
             self.checker.step(now, name, machine, item, effects)
 
@@ -281,8 +283,6 @@ class Simulation:
         node = self.cluster.nodes[action.node]
         if node.alive:
             node.arrive(Command(action.what, (action.location, what)), None)
-            if action.what == "unmount" and what == "on":
-                node.memory.slots[action.location].clear()
 
     # ---- what happened ----------------------------------------------------------------------------------------------
     def result(self) -> Result:
