@@ -1,0 +1,241 @@
+"""Control messages between services: a node's address is where it listens (``127.0.0.1:8300``), so nobody needs a book.
+
+ZeroMQ PUSH to PULL over TCP, one socket a direction. A frame has two parts: whose it is ([cluster, from, to]) and the
+message. Whatever is malformed, foreign, oversized, or claims to come from a face is counted, told once a peer, and
+changes nothing. Sends never wait: a message that cannot be queued is dropped and counted, as a network would.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import socket
+from typing import Any, Callable, Dict, Final, List, Optional, Protocol, Set, Tuple
+
+import msgspec
+import zmq
+
+from kvcore.protocol.messages import (
+    Answer,
+    CancelRequest,
+    ClearRequest,
+    LookupRequest,
+    MoveRequest,
+    PinRequest,
+    StatusRequest,
+    StoreRequest,
+    UnpinRequest,
+    UseRequest,
+    Wire,
+)
+
+log = logging.getLogger("kvmove.network")
+
+FACE: Final = "http/"
+"""Addresses of those who ask from within this process."""
+HIGH_WATER: Final = 100_000
+MAX_FRAME_BYTES: Final = 64 << 20
+MAX_PEERS: Final = 20_000
+"""Addresses that this process opens a socket to; a flood of made-up names ends there."""
+MAX_TOLD: Final = 1_000
+BATCH: Final = 256
+"""Frames taken in one go: the loop's other work comes in between."""
+CLUSTER: Final = "kvmove"
+_ADDRESS: Final = re.compile(r"[A-Za-z0-9_.\-\[\]:]{1,250}:[0-9]{1,5}")
+#: What only faces say, and to faces only: from the network nobody is obeyed who says it.
+FACES_ONLY: Final = frozenset({
+    MoveRequest, LookupRequest, PinRequest, UnpinRequest, ClearRequest, CancelRequest, StatusRequest, StoreRequest,
+    UseRequest, Answer,
+})  # fmt: skip
+
+
+class EndpointError(Exception):
+    """One line: which address cannot be used, and why."""
+
+
+class Curve(Protocol):
+    """What makes sockets speak CURVE (kvreal/keys.py); without one they speak in the clear."""
+
+    def listening(self, sock: Any) -> None: ...
+
+    def calling(self, sock: Any, address: str) -> None: ...
+
+
+def endpoint_of(text: str) -> str:
+    """``localhost:8300`` or ``tcp://localhost:8300`` -> ``127.0.0.1:8300``. EndpointError if it is no host and port."""
+    bare = text.strip().removeprefix("tcp://")
+    host, _, port = bare.rpartition(":")
+    if not host or not port.isdigit() or not 0 <= int(port) <= 65535:
+        raise EndpointError(f"{text!r} is no address, expected host:port, like localhost:8300")
+    return f"{'127.0.0.1' if host == 'localhost' else host}:{int(port)}"
+
+
+def is_loopback(host: str) -> bool:
+    return host in ("localhost", "::1", "[::1]") or host.startswith("127.")
+
+
+class Header(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    cluster: str
+    src: str
+    dst: str
+
+
+class Endpoints:
+    """One node's sockets."""
+
+    def __init__(
+        self,
+        bind: str,
+        *,
+        address: str = "",
+        aliases: Tuple[str, ...] = (),
+        cluster: str = CLUSTER,
+        curve: Optional[Curve] = None,
+    ) -> None:
+        """Listen at ``bind`` (host:port; port 0: any). ``address``: what peers call this node, if it is not that.
+        EndpointError if the address cannot be had."""
+        self.cluster: str = cluster
+        self.curve: Optional[Curve] = curve
+        self.context: zmq.Context[Any] = zmq.Context(io_threads=1)
+        self.context.set(zmq.MAX_SOCKETS, MAX_PEERS + 64)
+        self.pull: zmq.Socket[Any] = self._listening(zmq.PULL, bind)
+        bound: str = self.pull.getsockopt_string(zmq.LAST_ENDPOINT).removeprefix("tcp://")
+        self.address: str = endpoint_of(address or bound)
+        self.names: Set[str] = {self.address, *aliases}
+        self.peers: Dict[str, Tuple[Any, bytes]] = {}
+        #: messages to faces
+        self.local: Callable[[str, Wire], None] = lambda dst, message: None
+        self.counters: Dict[str, int] = {
+            "frames_sent": 0, "frames_received": 0, "frames_dropped": 0, "frames_malformed": 0, "frames_foreign": 0,
+            "frames_refused": 0,
+        }  # fmt: skip
+        self.told: Set[str] = set()
+        self._encode = msgspec.msgpack.Encoder().encode
+        self._header = msgspec.msgpack.Decoder(Header).decode
+        self._body = msgspec.msgpack.Decoder(Wire).decode
+
+    def _listening(self, kind: int, bind: str) -> Any:
+        sock = self.context.socket(kind)
+        sock.setsockopt(zmq.LINGER, 0)
+        sock.setsockopt(zmq.RCVHWM, HIGH_WATER)
+        sock.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME_BYTES)
+        if self.curve is not None:
+            self.curve.listening(sock)
+        try:
+            sock.bind(f"tcp://{endpoint_of(bind)}")
+        except zmq.ZMQError as error:
+            sock.close()
+            raise EndpointError(f"cannot listen at {bind}: {error.strerror or error}") from error
+        return sock
+
+    # ---- sending
+    def send(self, dst: str, message: Wire) -> bool:
+        """False if it was dropped: the address is none, or the queue is full."""
+        if dst.startswith(FACE):
+            self.local(dst, message)
+            return True
+        peer = self.peers.get(dst) or self._call(dst)
+        if peer is None:
+            self.counters["frames_dropped"] += 1
+            return False
+        try:
+            peer[0].send_multipart([peer[1], self._encode(message)], zmq.NOBLOCK)
+        except zmq.ZMQError:
+            self.counters["frames_dropped"] += 1
+            return False
+        self.counters["frames_sent"] += 1
+        return True
+
+    def _call(self, dst: str) -> Optional[Tuple[Any, bytes]]:
+        if len(self.peers) >= MAX_PEERS or not _ADDRESS.fullmatch(dst):
+            return None
+        sock = self.context.socket(zmq.PUSH)
+        sock.setsockopt(zmq.LINGER, 0)
+        sock.setsockopt(zmq.SNDHWM, HIGH_WATER)
+        sock.setsockopt(zmq.RECONNECT_IVL, 20)
+        sock.setsockopt(zmq.RECONNECT_IVL_MAX, 500)
+        try:
+            if self.curve is not None:
+                self.curve.calling(sock, dst)
+            sock.connect(f"tcp://{dst}")
+        except zmq.ZMQError:
+            sock.close(linger=0)
+            return None
+        self.peers[dst] = peer = (sock, self._encode(Header(self.cluster, self.address, dst)))
+        return peer
+
+    def forget(self, address: str) -> None:
+        """Nobody is there any more: what is queued for it is dropped."""
+        peer = self.peers.pop(address, None)
+        if peer is not None:
+            peer[0].close(linger=0)
+
+    def data_endpoint(self, name: str) -> str:
+        """Messages carry it; nothing is known here."""
+        return ""
+
+    # ---- receiving
+    def receive(self) -> Tuple[List[Tuple[str, Wire]], bool]:
+        """((src, message) of what has arrived, at most BATCH; whether there may be more)."""
+        found: List[Tuple[str, Wire]] = []
+        for _ in range(BATCH):
+            try:
+                frames = self.pull.recv_multipart(zmq.NOBLOCK, copy=False)
+            except zmq.Again:
+                return found, False
+            item = self._decode(frames)
+            if item is not None:
+                found.append(item)
+        return found, True
+
+    def _decode(self, frames: List[Any]) -> Optional[Tuple[str, Wire]]:
+        if len(frames) != 2:
+            return self._bad("malformed", frames, f"{len(frames)} parts, expected 2")
+        try:
+            header = self._header(frames[0].buffer)
+        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+            return self._bad("malformed", frames, f"header: {error}")
+        if header.cluster != self.cluster or header.dst not in self.names or not _ADDRESS.fullmatch(header.src):
+            whose = f"{header.src[:80]!r} of {header.cluster[:80]!r} to {header.dst[:80]!r}"
+            return self._bad("foreign", frames, f"{whose}; this is {self.address} of {self.cluster!r}")
+        try:
+            message: Wire = self._body(frames[1].buffer)
+        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+            return self._bad("malformed", frames, f"message of {header.src[:80]}: {error}")
+        if type(message) in FACES_ONLY:
+            return self._bad("refused", frames, f"{type(message).__name__} of {header.src[:80]}: ask by HTTP")
+        self.counters["frames_received"] += 1
+        return header.src, message
+
+    def _bad(self, kind: str, frames: List[Any], why: str) -> Optional[Tuple[str, Wire]]:
+        self.counters[f"frames_{kind}"] += 1
+        try:
+            peer = str(frames[0].get("Peer-Address"))
+        except (zmq.ZMQError, IndexError, UnicodeDecodeError):
+            peer = "unknown"
+        if (who := f"{kind} {peer}") not in self.told and len(self.told) < MAX_TOLD:
+            self.told.add(who)
+            log.warning("%s frame from %s: %s; more of its kind are counted only", kind, peer, why[:300])
+        return None
+
+    # ---- the end
+    def send_off(self) -> None:
+        """Let what was sent leave this process, then close."""
+        for sock, _ in self.peers.values():
+            sock.close(linger=1000)
+        self.peers = {}
+        self.pull.close(linger=0)
+        self.context.term()
+
+    def close(self) -> None:
+        self.context.destroy(linger=0)
+
+
+def port_is_free(host: str, port: int) -> bool:
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError:
+            return False
+    return True
