@@ -27,8 +27,8 @@ CPU: Final = "LocalCPUBackend"
 DISK: Final = "LocalDiskBackend"
 DEFAULT_MODEL: Final = "meta-llama/Llama-3.1-8B-Instruct"
 
-IGNORED: Final = frozenset(
-    """local_cpu_use_hugepages reserve_local_cpu_size local_disk_path_sharding remote_url remote_serde use_layerwise
+_IGNORED: Final = """
+    local_cpu_use_hugepages reserve_local_cpu_size local_disk_path_sharding remote_url remote_serde use_layerwise
     save_decode_cache pre_caching_hash_algorithm enable_blending blend_recompute_ratios blend_thresholds
     blend_check_layers blend_min_tokens blend_special_str retrieve_locations p2p_lookup_ports mp_host
     mp_port lmcache_worker_ids lmcache_worker_heartbeat_delay_time lmcache_worker_heartbeat_time enable_pd pd_role
@@ -47,8 +47,8 @@ IGNORED: Final = frozenset(
     enable_kv_events use_gpu_connector_v3 pin_timeout_sec pin_check_interval_sec remote_config_url app_id
     enable_hidden_state_cache max_hidden_state_cpu_size hidden_state_layers hidden_states_retrieve_mode
     enable_xpyd nixl_peer_host nixl_peer_init_port nixl_peer_alloc_port nixl_proxy_host nixl_proxy_port nixl_role
-    nixl_peer_port nixl_receiver_port plugin_locations external_backends""".split()
-)
+    nixl_peer_port nixl_receiver_port plugin_locations external_backends"""
+IGNORED: Final = frozenset(_IGNORED.split())
 """What LMCache 0.5.6 knows besides; its older names included."""
 
 OLD_NAMES: Final = {"controller_url": "controller_pull_url", "lmcache_worker_port": "lmcache_worker_ports"}
@@ -174,8 +174,8 @@ def read(path: Union[str, Path], model: str = "") -> InstanceFile:
 def _unknown(key: str) -> str:
     near = nearest(key, [*Keys.__struct_encode_fields__, *sorted(IGNORED)])
     own = nearest(key, Own.__struct_encode_fields__)
-    hint = f" (did you mean {shown(near)}?)" if near else f" (our own {shown(own)} belongs under kvmove:)" if own else ""
-    return f"unknown key {shown(key)}{hint}"
+    hint = f" (our own {shown(own)} belongs under kvmove:)" if own else ""
+    return f"unknown key {shown(key)}" + (f" (did you mean {shown(near)}?)" if near else hint)
 
 
 def _meaning(path: str, keys: Keys, ignored: Tuple[str, ...], model: str) -> InstanceFile:

@@ -38,14 +38,15 @@ def judge(value: str, here: FrozenSet[str]) -> Tuple[List[str], List[str]]:
         bare = name.partition(":")[0].lstrip("\\")
         if bare in LOCAL:
             continue
-        if (bare in RDMA and "rdma" not in here) or (bare in GPU and "gpu" not in here):
-            missing.append(name)
-        elif bare in MODULES and not glob.glob(MODULES[bare]):
-            missing.append(name)
-        elif bare in RDMA or bare in GPU or bare in HOST:
-            able.append(name)
+        if bare in RDMA:
+            there = "rdma" in here
+        elif bare in GPU:
+            there = "gpu" in here
+        elif bare in MODULES:
+            there = bool(glob.glob(MODULES[bare]))
         else:
-            missing.append(name)
+            there = bare in HOST
+        (able if there else missing).append(name)
     return able, missing
 
 
