@@ -278,10 +278,11 @@ class Client(Machine):
 
     def _part_done(self, now: int, item: Open) -> None:
         """Every address has answered this request: take the minimum, keep the worst, go to the next one."""
-        answers = item.answered
+        answered = item.answered
+        answers = [answered[address] for address in sorted(answered)]  # whoever answered first
         operation = item.operation
-        worst = min(answers.values(), key=_goodness) if len(answers) > 1 else next(iter(answers.values()))
-        tokens = min(answer.num_tokens for answer in answers.values())
+        worst = min(answers, key=_goodness) if len(answers) > 1 else answers[0]
+        tokens = min(answer.num_tokens for answer in answers)
         if item.part == 0:
             operation.num_tokens = tokens
         else:
@@ -383,9 +384,9 @@ class Client(Machine):
             self.timers.set(("alive", 0, 0), now + for_ns)
 
 
-def _goodness(answer: Answer) -> int:
-    """Sorts the worst answer first; the first of equals."""
-    return 1 if answer.state in GOOD else 0
+def _goodness(answer: Answer) -> Tuple[int, int]:
+    """Sorts the worst answer first: what did not go well, then what found least."""
+    return (1 if answer.state in GOOD else 0), answer.num_tokens
 
 
 def _outcome(kind: str, state: str) -> str:

@@ -70,15 +70,6 @@ def test_as_expected(path: str) -> None:
     assert idle_faults(scenario.faults, result) == []
 
 
-@pytest.mark.parametrize("path", files())
-def test_it_expects_something(path: str) -> None:
-    """And is called as its file is, so that a report leads to it."""
-    scenario = load(ROOT / path)
-    assert scenario.expect or scenario.workload is not None  # whose steps have names only once they are drawn
-    assert scenario.name == Path(path).stem
-    assert (ROOT / path).read_text().startswith("# "), "expected a comment that says what to look at"
-
-
 @pytest.mark.parametrize(("path", "rule"), BITING)
 def test_without_its_rule_it_goes_wrong(path: str, rule: str) -> None:
     scenario, result = simulate(path, (rule,))

@@ -271,7 +271,7 @@ def test_every_kind_of_fault_has_a_file() -> None:
     kinds = {kind for fault in faults for kind in fault.kinds}
     assert kinds == {
         *("drop", "delay", "duplicate", "reorder", "partition", "crash", "pause", "slow"),
-        *("copy", "full", "cancel", "namespace"),
+        *("copy", "full", "unmount", "cancel", "namespace"),
     }
     dropped = {fault.when.sent for fault in faults if fault.when is not None and fault.drop is not None}
     engine = {"LookupRequest", "PinRequest", "UnpinRequest", "ClearRequest", "CancelRequest", "StatusRequest"}
