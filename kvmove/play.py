@@ -109,8 +109,12 @@ class Player:
         if self.pool is not None:
             self.pool.close()
 
-    def play(self, prepared: Prepared, log: Path) -> Played:
-        """``log``: where the histories go, less their ending ``.sim.jsonl``. None stays if a run cannot end."""
+    def play(self, prepared: Prepared, log: Path, *, keep: bool = True) -> Played:
+        """``log``: where the histories go, less their ending ``.sim.jsonl``. None stays if a run cannot end.
+
+        Unless ``keep``, a simulation that nothing is compared with writes none; if it turns out badly it is repeated
+        with one, and is the same again.
+        """
         path, scenario, built = prepared.path, prepared.scenario, prepared.built
         played = Played(path, scenario, built)
         missing = [need for need in built.needs if need not in self.provides]
@@ -119,8 +123,9 @@ class Player:
                 if world == "real" and missing:
                     played.skipped = f"{path} needs {' and '.join(missing)}, which this machine lacks"
                     continue
-                history = log.with_name(f"{log.name}.{world}.jsonl")
-                played.histories[world] = history
+                history = None
+                if keep or "real" in self.worlds:
+                    history = played.histories[world] = log.with_name(f"{log.name}.{world}.jsonl")
                 doing = "simulating" if world == "sim" else "running for real"
                 with self.progress(f"{doing}: {path}"):
                     started = time.perf_counter()
@@ -134,13 +139,17 @@ class Player:
                 broken = {one.property.lower() for one in result.violations}
                 unmet = [f"violates: expected {one}" for one in scenario.violates if one.lower() not in broken]
                 played.failures[world] = [*expectations(scenario, result), *unmet]
+            if not played.good and not played.histories:
+                with self.progress(f"simulating: {path} again, to see why"):
+                    played.histories["sim"] = log.with_name(f"{log.name}.sim.jsonl")
+                    self._run("sim", built, played.histories["sim"])
         except BaseException:
             for history in played.histories.values():
                 history.unlink(missing_ok=True)
             raise
         return played
 
-    def _run(self, world: str, built: Built, history: Path) -> Result:
+    def _run(self, world: str, built: Built, history: Path | None) -> Result:
         if world == "sim":
             from kvsim.run import run as simulate
 

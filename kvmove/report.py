@@ -44,6 +44,17 @@ def print_run(screen: Console, played: Played, *, kept: bool) -> None:
     screen.print("[bold green]ok[/bold green]\n" if played.good else "[bold red]FAILED[/bold red]\n")
 
 
+def print_line(screen: Console, played: Played) -> None:
+    """A good run among several."""
+    told = []
+    for world, result in played.results.items():
+        by = f" over {result.transport}" if world == "real" and result.transport else ""
+        told.append(f"{plural(len(result.operations), 'operation')} {WORLD[world]}{by}")
+    if played.comparison is not None:
+        told.append("equal" if played.comparison.outcome.order == "strict" else "met")
+    screen.print(f"ok  {played.path}: {', '.join(told)}", markup=False, soft_wrap=True)
+
+
 def _carried(result: Result) -> str:
     return f", bytes carried by {result.transport}" if result.transport and result.world == "real" else ""
 

@@ -31,6 +31,9 @@ def run(
     transport: Annotated[
         str, typer.Option("--transport", help="What carries real bytes: auto, nixl or tcp.", metavar="NAME")
     ] = "auto",
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="All about each of several files, good ones too.")
+    ] = False,
 ) -> None:
     """Run scenarios: play the steps, inject the faults, check every property, compare with what was expected.
 
@@ -63,8 +66,11 @@ def run(
         logs = _directory(history) if history else _scratch(stack)
         player = stack.enter_context(Player(worlds, transport=transport, progress=output.progress))
         for one, name in zip(prepared, _log_names(files)):
-            played = player.play(one, logs / name)
-            report.print_run(screen, played, kept=bool(history))
+            played = player.play(one, logs / name, keep=bool(history))
+            if len(files) == 1 or verbose or not played.good or played.skipped:
+                report.print_run(screen, played, kept=bool(history))
+            else:
+                report.print_line(screen, played)
             runs.append(played)
             if not history:
                 for log in played.histories.values():

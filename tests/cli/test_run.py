@@ -74,6 +74,10 @@ def test_several_files_are_a_list_and_a_summary(
     assert body["runs"][1]["worlds"]["sim"]["expectations_failed"] == ["m: num_tokens: expected 13, got 12"]
     out, _ = capsys.readouterr()
     assert "2 scenarios: 1 ok, 1 failed\n" in out and f"failed: {bad}\n" in out
+    assert f"ok  {scenario}: 4 operations in simulation\n" in out
+    assert out.count("store p, 12 tokens") == 0 and out.count("Answer m 1-1") > 0  # all about the bad one alone
+    assert call(["run", str(scenario), str(scenario), "--verbose"]) == 0
+    assert capsys.readouterr()[0].count("2 expectations met") == 2
 
 
 def test_a_failed_expectation_shows_the_events_that_led_to_it(
