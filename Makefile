@@ -17,11 +17,11 @@ TORCH_INDEX ?=
 CONSTRAIN = $(if $(shell ls /dev/nvidia[0-9]* 2>/dev/null || nvidia-smi -L 2>/dev/null),,-c constraints-cpu.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format bench fast compare-long search clean
+.PHONY: help setup demo test lint format bench fast compare-long scenarios-real search clean
 
 help:
 	@sed -n 's/^# \{0,1\}//p' Makefile | head -3
-	@echo "Also: setup, lint, format, bench, fast, search, compare-long, clean"
+	@echo "Also: setup, lint, format, bench, fast, search, compare-long, scenarios-real, clean"
 
 setup: $(VENV)/.stamp
 
@@ -68,6 +68,10 @@ search: $(VENV)/.stamp
 compare-long: $(VENV)/.stamp
 	KVMOVE_EXAMPLES=$(or $(EXAMPLES),5000) KVMOVE_REAL_EXAMPLES=$(or $(REAL),300) \
 	  $(BIN)/python -m pytest tests/real/test_compare.py --timeout 7200 -s $(ARGS)
+
+# Every scenario file on real processes, those too that wait long for a node to be found dead.
+scenarios-real: $(VENV)/.stamp
+	KVMOVE_REAL_ALL=1 $(BIN)/python -m pytest tests/real/test_scenarios.py $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist out *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
