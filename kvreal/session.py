@@ -388,7 +388,7 @@ class Session:
         self.settle()
         if self.acts.fired_counts():
             # What a fault kept from the controller, a Beat brings to light (H29).
-            self.idle(2 * self.built.config.beat_ns / 1e9)
+            self.idle((self.built.config.beat_ns + self.built.config.retry_ns) / 1e9)
             self.settle()
 
     def verify(self, wipe: bool) -> None:

@@ -199,7 +199,8 @@ class Simulation:
 
     def _heard_ns(self) -> int:
         """When the controller has heard from everyone: what a fault kept from it, a Beat brings to light (H29)."""
-        return self.calm_ns + 2 * self.built.config.beat_ns if self.plan.fired else 0
+        config = self.built.config
+        return self.calm_ns + config.beat_ns + config.retry_ns if self.plan.fired else 0
 
     def open_ends(self, first: bool = False) -> List[str]:
         """Why all is not quiet, one line a thing; ``first``: the first will do."""
