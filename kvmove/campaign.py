@@ -61,6 +61,7 @@ def _meant(scenario: Scenario, result: Result, violation: Violation) -> bool:
     if violation.property.lower() != "byte":
         return False
     fired = [label.partition(" at ")[0] for label in result.fired]
+    # A read fails at wrong bytes, and Byte says so: the engine loads nothing. Bytes of a tier that goes meanwhile are.
     return "copy corrupt" in fired or ("unmount" in fired and violation.text.startswith("an engine"))
 
 

@@ -233,7 +233,9 @@ class _Drawer:
         if not racing or draw.once_in(2):
             self.done.append(SETTLE)
         kinds: Sequence[Callable[[bool], Step]] = (self._move,) if space.moves_only else self._kinds()
-        for _ in draw.times(*space.steps):
+        if racing and draw.once_in(4):
+            self._cross()
+        for _ in draw.times(*space.steps) if len(self.moves) < 2 or not space.moves_only else ():
             self.done.append(draw.choice(kinds)(racing))
             if not racing:
                 self.done.append(SETTLE)
@@ -277,8 +279,10 @@ class _Drawer:
 
     def _home(self, prompt: str) -> str:
         """Where it is, most likely: its newest place or, sometimes, any."""
-        homes = self.places if self.draw.once_in(6) else self.homes[prompt][::-1]
-        return self.draw.choice(homes)
+        homes = self.homes[prompt]
+        if self.draw.once_in(3):
+            return self.draw.choice(self.places if self.draw.once_in(2) else homes)
+        return homes[-1]
 
     def _elsewhere(self, src: str) -> str:
         """The place that a move goes to: another instance's first, if any; seldom its own."""
@@ -314,6 +318,23 @@ class _Drawer:
                 name=self.moves[-1],
             )
         )
+
+    def _cross(self) -> None:
+        """Two moves of one prompt at a time, against each other; it may be at both ends from the start."""
+        draw = self.draw
+        prompt = self._prompt()
+        src = self._home(prompt)
+        dst = self._elsewhere(src)
+        if draw.once_in(2):
+            self.done.append(Step(store=Store(at=dst, prompt=prompt)))
+        if draw.once_in(2):
+            self.done.append(SETTLE)
+        for one, other, background in ((src, dst, True), (dst, src, draw.once_in(2))):
+            self.homes[prompt].append(other)
+            self.moves.append(f"m{len(self.moves) + 1}")
+            move = Move(src=one, dst=other, prompt=prompt, background=background, name=self.moves[-1])
+            self.done.append(Step(move=move))
+        self.open = True
 
     def _drain(self, racing: bool) -> Step:
         src = self.draw.choice(self.places)

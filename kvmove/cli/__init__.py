@@ -13,7 +13,7 @@ from typing import Annotated, Final
 
 import typer
 
-from kvmove.cli import demo, history, protocol, run, scenario, search
+from kvmove.cli import demo, history, instance, protocol, run, scenario, search, swarm
 from kvmove.errors import BAD_INPUT, GOOD, INTERRUPTED, line_for
 
 EPILOG: Final = """Start here: `kvmove demo`, then `kvmove run scenarios/smoke/move.yaml --on both`.
@@ -33,7 +33,9 @@ app.add_typer(scenario.app, name="scenario")
 app.command("history")(history.history)
 app.command("protocol")(protocol.protocol)
 app.command("search")(search.search)
+app.command("swarm")(swarm.swarm)
 app.command("demo")(demo.demo)
+app.command("instance")(instance.instance)
 
 
 def _version(asked: bool) -> None:
