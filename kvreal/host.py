@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import gc
 import math
 import os
 import select
@@ -16,7 +17,7 @@ import signal
 import sys
 import time
 import traceback
-from typing import Any, List, Optional, Tuple
+from typing import Any, Dict, List, Optional, Tuple
 
 import zmq
 
@@ -65,16 +66,18 @@ class Host:
         self.pipe.say(c.Ready(os.getpid(), self.transfer.name))
         while self.going:
             self._watch_output()
-            self.poller.poll(self._timeout_ms())
-            self.pipe.flush()
-            earlier, self.backlog = self.backlog, []
-            for message in earlier + self.pipe.hear():  # obeying one may put more into the backlog
-                self._obey(message)
-            if self.pipe.ended:
-                return
-            self._guarded(self._work)
+            ready = dict(self.poller.poll(self._timeout_ms()))
+            if self.pipe.outgoing:
+                self.pipe.flush()
+            if self.backlog or self.pipe.read_fd in ready:
+                earlier, self.backlog = self.backlog, []
+                for message in earlier + self.pipe.hear():  # obeying one may put more into the backlog
+                    self._obey(message)
+                if self.pipe.ended:
+                    return
+            self._guarded(self._work, ready)
 
-    def _work(self) -> None:
+    def _work(self, ready: Dict[Any, int]) -> None:
         node = self.node
         if node is None or self.failed:
             self.network.receive()  # whatever still comes is another run's
@@ -83,9 +86,11 @@ class Host:
             return
         if not node.booted:
             return  # what has come already waits in its socket
-        node.collect()
-        for src, message in self.network.receive():
-            node.receive(src, message)
+        if self.transfer.wake in ready or self.engine.wake in ready:
+            node.collect()
+        if self.network.pull in ready:
+            for src, message in self.network.receive():
+                node.receive(src, message)
         node.run_due()
 
     def _timeout_ms(self) -> Optional[int]:
@@ -228,6 +233,7 @@ def main(argv: List[str]) -> int:
     parser.add_argument("--parent", type=int, required=True)
     args = parser.parse_args(argv)
     die_with_parent(args.parent)
+    gc.freeze()  # what is here now stays: no collection need look at it again
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the runner decides
     out, sink = proof.redirect_stdout()
     pipe = c.Pipe(0, out, c.ToHost)

@@ -25,7 +25,7 @@ Bytes = npt.NDArray[np.uint8]
 PAGE: Final = 4096
 HUGE: Final = 2 << 20
 POISON: Final = 0xDB
-POISON_STRIDE: Final = 1 << 18
+POISON_STRIDE: Final = 1 << 20
 MADV_POPULATE_WRITE: Final = 23
 PRIVATE: Final = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
 
@@ -231,7 +231,7 @@ class Memory:
         return copy
 
     def soil(self, location: str, slots: Sequence[int], poison: bool = False) -> None:
-        """Note that these slots are about to be written; ``poison`` spoils what they hold, every 256 KiB, so that a
+        """Note that these slots are about to be written; ``poison`` spoils what they hold, every MiB, so that a
         copy which did not happen cannot be taken for one that did."""
         for slot in slots:
             item = (location, slot)

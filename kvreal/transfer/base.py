@@ -345,7 +345,7 @@ class Transfer:
             copy_bytes(int(target.ctypes.data) + start, int(source.ctypes.data) + start, size)
 
     # ---- helpers for transports
-    def connect(self, job: Job, layout: int = -1, helped: bool = False) -> Tuple[socket.socket, Grant]:
+    def connect(self, job: Job, layout: int = -1) -> Tuple[socket.socket, Grant]:
         """Open a window at the peer for this copy; the socket is the window."""
         effect = job.copy.effect
         hello = Hello(
@@ -358,7 +358,6 @@ class Transfer:
             effect.peer_location,
             tuple((theirs, size) for _, theirs, size in job.spans),
             layout,
-            helped,
         )
         return self._dial(job.copy.endpoint, hello, job)
 

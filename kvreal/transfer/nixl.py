@@ -3,8 +3,10 @@
 * One agent a process, named after it: a new life is a new process and so a new name, and nothing addressed to the old
   one reaches it. Metadata comes through the window's grant, as bytes from a peer of the same run.
 * Copies run in their own threads and hold the agent's lock for one batch at a time: on one host UCX's ``transfer``
-  is a synchronous system call of up to 12 ms a batch, during which others wait their turn but the loop does not.
-* Over tcp UCX emulates one-sided operations, so the *target* must make progress: it does while a window is open.
+  is a synchronous system call of up to 25 ms a batch, during which others wait their turn but the loop does not.
+* Over tcp UCX emulates one-sided operations, and even with CMA a copy of several descriptors ends with a flush over an
+  ordinary lane: the *target* must make progress. It does so while a window is open, often from when it is told that
+  somebody waits for it.
 * Releasing a handle does not stop a transfer. A copy told to stop posts nothing more and ends when what it has posted
   has ended; past its deadline the connection is torn down.
 """
@@ -28,13 +30,15 @@ from kvreal.transfer.base import Job, Stopped, Transfer, TransferError
 from kvreal.transfer.proof import Tables
 from kvreal.transfer.window import Hello, Info, Window, split_endpoint
 
-BATCH_BYTES: Final = 64 << 20
+BATCH_BYTES: Final = 128 << 20
 IN_FLIGHT: Final = 8
 SHORTEST_SLEEP_S: Final = 20e-6
 LONGEST_SLEEP_S: Final = 100e-6
 """Between two looks at what needs our progress. An emulated copy moves only while somebody looks."""
 IDLE_SLEEP_S: Final = 20e-3
 REVOKE: Final = b"R"
+NUDGE: Final = b"P"
+"""From who moves to who is touched: what I have posted is not done yet, and may need your progress."""
 
 Descriptors = npt.NDArray[np.uint64]
 """N x 3: address, bytes, device."""
@@ -104,23 +108,21 @@ class NixlTransfer(Transfer):
 
     # ---- the side whose memory is touched
     def serve(self, window: Window) -> None:
-        """Make progress until the other side hangs up: often if it depends on that, else now and then."""
-        sleep_s = SHORTEST_SLEEP_S if window.hello.helped else IDLE_SLEEP_S
-        longest_s = LONGEST_SLEEP_S if window.hello.helped else IDLE_SLEEP_S
+        """Until the other side hangs up: make progress now and then; often once it says that it waits for us."""
+        sleep_s = IDLE_SLEEP_S
         poller = select.poll()
         poller.register(window.sock, select.POLLIN)
-        while not poller.poll(0 if window.hello.helped else sleep_s * 1e3):
+        while True:
+            if poller.poll(0 if sleep_s < IDLE_SLEEP_S else sleep_s * 1e3):
+                if not window.sock.recv(64):
+                    break
+                sleep_s = SHORTEST_SLEEP_S
             with self.agent_lock:
                 self.agent.get_new_notifs()
-            if window.hello.helped:
+            if sleep_s < IDLE_SLEEP_S:
                 time.sleep(sleep_s)
-            sleep_s = min(sleep_s * 1.1, longest_s)
+                sleep_s = min(sleep_s * 1.1, LONGEST_SLEEP_S)
         self._drain()
-
-    def _helped(self, read: bool) -> bool:
-        """Whether the peer must make progress for our copies: over tcp, and while UCX has not said what it uses."""
-        lanes = self.tables.lanes("read" if read else "write", BATCH_BYTES)
-        return lanes == "unknown" or "tcp" in lanes
 
     def _drain(self) -> None:
         """Take in what a writer that has gone had sent before (emulated writes only; CMA and RDMA leave nothing)."""
@@ -137,8 +139,7 @@ class NixlTransfer(Transfer):
         copy = job.copy
         process = split_endpoint(copy.endpoint)[3]
         peer = self.peers.get(process)
-        helped = peer is None or self._helped(copy.effect.read)
-        sock, grant = self.connect(job, peer.layout if peer is not None else -1, helped)
+        sock, grant = self.connect(job, peer.layout if peer is not None else -1)
         with sock:
             if grant.info is not None:
                 peer = self._meet(process, grant.info)
@@ -206,7 +207,7 @@ class NixlTransfer(Transfer):
         sleep_s = SHORTEST_SLEEP_S
         poller = select.poll()
         poller.register(sock, select.POLLIN)
-        revoked = False
+        revoked = nudged = False
         try:
             job.began()
             while batches or flying:
@@ -223,6 +224,7 @@ class NixlTransfer(Transfer):
                         job.moved += nbytes
                     else:
                         flying.append((handle, nbytes))
+                        nudged = nudged or _nudge(sock)
                     continue
                 if flying:
                     landed = self._poll(job, flying)
@@ -328,7 +330,7 @@ class NixlTransfer(Transfer):
     def _shake_hands(self, address: str, endpoint: str, process: str) -> None:
         with contextlib.suppress(Exception):
             peer = self.peers.get(process)
-            hello = Hello(self.token, "greet", self.address, 0, address, 0, "", (), peer.layout if peer else -1, True)
+            hello = Hello(self.token, "greet", self.address, 0, address, 0, "", (), peer.layout if peer else -1)
             sock, grant = self._dial(endpoint, hello, None)
             with sock:
                 if grant.info is None:
@@ -342,6 +344,7 @@ class NixlTransfer(Transfer):
                         "READ", agent.get_xfer_descs(here, "DRAM"), agent.get_xfer_descs(there, "DRAM"), peer.agent
                     )
                     state = agent.transfer(handle)
+                _nudge(sock)
                 until = time.monotonic() + 5.0
                 while state == "PROC" and time.monotonic() < until:
                     time.sleep(SHORTEST_SLEEP_S * 10)
@@ -357,6 +360,12 @@ class NixlTransfer(Transfer):
                 with contextlib.suppress(Exception):
                     self.agent.deregister_memory(descriptors)
             self.registered = []
+
+
+def _nudge(sock: socket.socket) -> bool:
+    with contextlib.suppress(OSError):
+        sock.send(NUDGE, socket.MSG_DONTWAIT)
+    return True
 
 
 def _batches(rows: Descriptors) -> List[Tuple[int, int]]:

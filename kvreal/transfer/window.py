@@ -40,8 +40,6 @@ class Hello(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     location: str = ""
     spans: Tuple[Tuple[int, int], ...] = ()
     layout: int = -1
-    helped: bool = False
-    """The copy makes no progress unless its target helps (emulated one-sided operations)."""
 
 
 class Info(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
