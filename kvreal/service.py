@@ -180,8 +180,8 @@ class Service:
             self.worker.memory, self.worker.transfer, self.worker.engine, cast(Any, network), self._said,
             lambda actions, wait: None, lambda: None,
         )  # fmt: skip
-        self.base_ns: int = time.monotonic_ns()
-        self.base_wall: float = time.time()
+        #: the machine's clock counts from 1970, and never jumps: what it stamps means something to others as well
+        self.base_ns: int = time.monotonic_ns() - time.time_ns()
         self.node: Node = Node(Assign("service", spec.name, 1, b"", self.base_ns, faults=False), built, parts)
         self.node.journal = cast(Any, journal)
         log_file = FileHistory(history, Header(VERSION, "real", spec.name, 0, None, spec.name)) if history else None
@@ -236,10 +236,6 @@ class Service:
             watcher.put(None)
         self.node.close()
         self.network.close()
-
-    def wall(self, now_ns: int) -> float:
-        """Seconds since 1970 of a time on the machine's clock."""
-        return self.base_wall + now_ns / 1e9
 
     # ---- inputs
     def give(self, item: m.Input) -> None:

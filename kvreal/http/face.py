@@ -1,0 +1,434 @@
+"""What each route of the controller does, without HTTP: bodies in, replies out. One instance a controller."""
+
+from __future__ import annotations
+
+import re
+import time
+import uuid
+from typing import Any, Dict, Final, List, Optional, Sequence, Tuple
+
+import msgspec
+from msgspec import UNSET
+
+from kvcore.protocol import machine as m
+from kvcore.protocol.chunks import chunk_keys
+from kvcore.protocol.controller import Controller
+from kvcore.protocol.messages import (
+    Answer,
+    CancelRequest,
+    ClearRequest,
+    Key,
+    LookupRequest,
+    MoveRequest,
+    Namespace,
+    PinRequest,
+    Position,
+    Register,
+    StatusRequest,
+    UnpinRequest,
+    event_name,
+    event_number,
+)
+from kvcore.protocol.registry import Rank
+from kvcore.scenario.profile import Profile
+from kvreal.http import models as b
+from kvreal.http.dryrun import dry_run
+from kvreal.http.events import ENDED, EventLog
+from kvreal.http.status import REASON_HEADER, Reply, of_cancel, of_move, refusal
+from kvreal.service import Service
+
+MANY: Final = "."
+"""Between the ids of events that are one to whoever asked: an instance's drain has one event a location."""
+_EVENT: Final = re.compile(r"[0-9]{1,10}-[0-9]{1,10}")
+NAMED: Final = 20
+"""How many known events a 404 names."""
+NS: Final = 1_000_000_000
+
+
+Chunks = Tuple[Tuple[Key, ...], Tuple[int, ...]]
+"""(keys, lens) of a prompt."""
+
+
+class Settings(msgspec.Struct, frozen=True):
+    profile: Profile = Profile()
+    prefill_tokens_per_s: float = 8000.0
+    """What recomputing is compared with: Llama-3.1-8B on one H100, roughly."""
+
+
+class Face:
+    def __init__(self, service: Service, log: EventLog, settings: Settings = Settings()) -> None:  # noqa: B008
+        self.service: Service = service
+        self.machine: Controller = service.machine  # type: ignore[assignment]
+        self.log: EventLog = log
+        self.settings: Settings = settings
+        #: what each instance's keys are made from, also of those that have not been heard since a restart
+        self.namespaces: Dict[str, Namespace] = {}
+        #: each namespace that some instance has; None: to be gathered anew
+        self.spaces: Optional[List[Namespace]] = None
+        service.listeners.append(log.step)
+        service.listeners.append(self._learn)
+
+    def _learn(self, now: int, item: m.Input, effects: List[m.Effect]) -> None:
+        if isinstance(item, m.Boot):
+            for record in item.journal:
+                if isinstance(record, m.EpochIssued):
+                    self.namespaces[record.register.instance] = record.register.namespace
+        for effect in effects:
+            if isinstance(effect, m.Journal) and isinstance(effect.record, m.EpochIssued):
+                register: Register = effect.record.register
+                self.namespaces[register.instance] = register.namespace
+            elif isinstance(effect, m.Note) and effect.kind == "believed":
+                self.spaces = None
+
+    def _namespace(self, instance: str) -> Optional[Namespace]:
+        rank = self.machine.registry.ranks.get((instance, 0))
+        return rank.register.namespace if rank is not None else self.namespaces.get(instance)
+
+    def _keys(self, instance: str, tokens: Sequence[int], salt: str) -> Optional[Chunks]:
+        namespace = self._namespace(instance)
+        return chunk_keys(namespace, tokens, "", salt) if namespace is not None else None
+
+    # ---- who is there
+    def awaited(self) -> List[str]:
+        """Instances that the journal knows and that may still come back by themselves."""
+        registry = self.machine.registry
+        restored = {rank.register.instance for rank in registry.issued.values() if rank.clears < 0}
+        return sorted(name for name in restored if registry.instance(name) is None)
+
+    def _nowhere(self, position: Position) -> Optional[Reply]:
+        """Why there is no such place."""
+        registry = self.machine.registry
+        ranks, reason, detail = registry.place(position)
+        if ranks is not None:
+            return None
+        return self._refused(reason, detail, position)
+
+    def _refused(self, reason: str, detail: str, *positions: Position, event: int = 0) -> Reply:
+        registry = self.machine.registry
+        if reason == "unknown_instance":
+            awaited = self.awaited()
+            for instance, _ in positions:
+                if instance in awaited and registry.instance(instance) is None:
+                    return refusal("not_ready", f"{instance!r} has not been heard since this controller's restart")
+            return refusal(reason, detail, event, registry.instances())
+        if reason == "unknown_location":
+            known: Dict[str, None] = {}
+            for instance, _ in positions:
+                for rank in registry.instance(instance) or []:
+                    known.update(dict.fromkeys(f"{instance}/{name}" for name in rank.views))
+            return refusal(reason, detail, event, list(known))
+        return refusal(reason, detail, event)
+
+    # ---- moves
+    async def move(self, body: b.MoveBody, idem: str = "") -> Reply:
+        if body.priority is not None or body.bandwidth_cap_bytes_per_s is not None:
+            name = "priority" if body.priority is not None else "bandwidth_cap_bytes_per_s"
+            return refusal("not_implemented", f"{name} is not enforced yet: leave it out", field=name)
+        if body.copy is not None and body.should_copy is not None and body.copy != body.should_copy:
+            return refusal("bad_body", "copy and should_copy contradict one another", field="should_copy")
+        if idem and body.idempotency_key and idem != body.idempotency_key:
+            return refusal("bad_body", "the header names another idempotency key", field="idempotency_key")
+        keys: Tuple[Key, ...] = ()
+        lens: Tuple[int, ...] = ()
+        if body.tokens:
+            found = self._keys(body.old_position[0], body.tokens, body.cache_salt)
+            if found is None:
+                return self._nowhere(body.old_position) or refusal("not_ready", "its registration is not complete")
+            keys, lens = found
+        if body.dry_run:
+            settings = self.settings
+            return dry_run(
+                self.machine, body.old_position, body.new_position, keys, lens, body.if_room,
+                settings.profile, settings.prefill_tokens_per_s,
+            )  # fmt: skip
+        request = MoveRequest(
+            "", body.old_position, body.new_position, keys, lens,
+            copy=bool(body.copy or body.should_copy), idem=body.idempotency_key or idem,
+            deadline_ns=round((body.deadline_s or 0) * NS), evict=not body.if_room,
+        )  # fmt: skip
+        return self._moved(await self._begin(request), body.old_position, body.new_position)
+
+    async def _begin(self, request: MoveRequest) -> Answer:
+        """The first answer; the last one where the move has failed in the same breath."""
+        asked = self.service.begin(request)
+        answer = await asked.first
+        if asked.end.done() and (end := asked.end.result()).state == "failed":
+            return end
+        return answer
+
+    def _moved(self, answer: Answer, *positions: Position) -> Reply:
+        if answer.state == "refused":
+            return self._refused(answer.reason, answer.detail, *positions, event=answer.event)
+        return of_move(answer)
+
+    async def drain(self, body: b.DrainBody, idem: str = "") -> Reply:
+        """One event a location; together they are one to whoever asked."""
+        ranks = self.machine.registry.instance(body.instance_id)
+        if ranks is None:
+            return self._nowhere((body.instance_id, "")) or refusal("unknown_instance", body.instance_id)
+        names = list(body.locations or ranks[0].views)
+        for instance in (body.instance_id, *body.to):
+            for name in names:
+                nowhere = self._nowhere((instance, name))
+                if nowhere is not None:
+                    return nowhere
+        if body.instance_id in body.to:
+            return refusal("bad_body", f"{body.instance_id} cannot be drained to itself", field="to")
+        key = body.idempotency_key or idem
+        asked = [
+            self.service.begin(
+                MoveRequest(
+                    "", (body.instance_id, name), (body.to[0], name),
+                    copy=body.copy, idem=f"{key}/{name}" if key else "", deadline_ns=round((body.deadline_s or 0) * NS),
+                    evict=not body.if_room, also=tuple((instance, name) for instance in body.to[1:]),
+                )
+            )
+            for name in names
+        ]  # fmt: skip
+        answers = [await one.first for one in asked]
+        bad = next((answer for answer in answers if answer.state == "refused" or answer.reason == "mismatch"), None)
+        if bad is not None:
+            return self._moved(bad, *[(body.instance_id, name) for name in names])
+        tokens = sum(answer.num_tokens for answer in answers)
+        ids = MANY.join(event_name(answer.event) for answer in answers)
+        empty = all(one.end.done() and one.end.result().reason == "nothing_held" for one in asked)
+        return Reply(200, b.MoveReply(tokens, ids), {REASON_HEADER: "nothing_held"} if empty else {})
+
+    # ---- events
+    def _numbers(self, name: str) -> List[int]:
+        """Those of an id; none if it is no id."""
+        parts = name.split(MANY)
+        return [event_number(part) for part in parts] if all(_EVENT.fullmatch(part) for part in parts) else []
+
+    def _unknown(self, name: str) -> Reply:
+        known = [view.event_id for view in self.log.newest(NAMED)]
+        return refusal("unknown_event", f"no event {name[:80]!r} is known, or it has been forgotten", known=known)
+
+    def event(self, name: str) -> Reply:
+        views = [self.log.get(number) for number in self._numbers(name)]
+        if not views or None in views:
+            return self._unknown(name)
+        return Reply(200, views[0] if len(views) == 1 else together(name, [view for view in views if view is not None]))
+
+    def events(self, limit: int, state: str, kind: str) -> Reply:
+        return Reply(200, b.EventsReply(self.log.newest(limit, state, kind)))
+
+    async def wait(self, name: str, timeout_s: float) -> Reply:
+        until = time.monotonic() + timeout_s
+        for number in self._numbers(name):
+            await self.log.ended(number, max(0.0, until - time.monotonic()))
+        return self.event(name)
+
+    async def cancel(self, name: str) -> Reply:
+        numbers = self._numbers(name)
+        if not numbers or any(self.log.get(number) is None for number in numbers):
+            return self._unknown(name)
+        if len(numbers) == 1 and self.log.records[numbers[0]].kind == "pin":
+            return await self.unpin(b.EventBody(event_id=name))
+        replies = [of_cancel(await self.service.ask(CancelRequest("", number))) for number in numbers]
+        return max(replies, key=lambda reply: reply.status)
+
+    async def check_finish(self, body: b.EventBody) -> Reply:
+        reply = self.event(body.event_id)
+        view = reply.body
+        if not isinstance(view, b.EventView):
+            return reply
+        return Reply(200, b.CheckFinishReply(view.state, view.reason if isinstance(view.reason, str) else ""))
+
+    # ---- lookups, pins, clears
+    async def lookup(self, body: b.LookupBody) -> Reply:
+        found: Dict[str, Dict[str, int]] = {}
+        for namespace in self._spaces():
+            keys, lens = chunk_keys(namespace, body.tokens, "", body.cache_salt)
+            if not keys:
+                continue
+            answer = await self.service.ask(LookupRequest("", keys, lens))
+            for item in answer.found:
+                found.setdefault(item.instance, {})[item.location] = item.num_tokens
+        best = {name: max(places.items(), key=lambda item: item[1]) for name, places in found.items()}
+        return Reply(200, b.LookupReply(_fresh("lookup"), best, found))
+
+    def _spaces(self) -> List[Namespace]:
+        """A thousand instances mostly have one. One that has gone costs a lookup that finds nothing."""
+        if self.spaces is None:
+            self.spaces = list({rank.register.namespace: None for rank in self.machine.registry.ranks.values()})
+        return self.spaces
+
+    async def pin(self, body: b.PinBody, seconds: float = 0.0) -> Reply:
+        position = (body.instance_id, body.location)
+        nowhere = self._nowhere(position)
+        if nowhere is not None:
+            return nowhere
+        found = self._keys(body.instance_id, body.tokens, body.cache_salt)
+        if found is None or not found[0]:
+            return refusal("bad_body", "no tokens to keep", field="tokens")
+        answer = await self.service.ask(PinRequest("", position, *found, lease_ns=round(seconds * NS)))
+        return self._pinned(answer, position, bool(seconds))
+
+    def _pinned(self, answer: Answer, position: Position, lease: bool) -> Reply:
+        name = event_name(answer.event)
+        if answer.reason == "nothing_held":
+            empty: Any = b.LeaseReply(0, name, 0.0) if lease else b.MoveReply(0, name)
+            return Reply(200, empty, {REASON_HEADER: "nothing_held"})
+        if answer.state != "ok":
+            return self._refused(answer.reason, answer.detail, position, event=answer.event)
+        if lease:
+            return Reply(200, b.LeaseReply(answer.num_tokens, name, self.log.expires_in_s(answer.event)))
+        return Reply(200, b.MoveReply(answer.num_tokens, name))
+
+    async def lease(self, body: b.LeaseBody) -> Reply:
+        if not body.event_id:
+            for field in ("instance_id", "location", "tokens"):
+                if not getattr(body, field):
+                    return refusal("bad_body", "a new lease needs instance_id, location and tokens", field=field)
+            new = b.PinBody(
+                instance_id=body.instance_id, location=body.location, tokens=body.tokens, cache_salt=body.cache_salt
+            )
+            return await self.pin(new, body.seconds)
+        if body.instance_id or body.location or body.tokens:
+            return refusal("bad_body", "a renewal names event_id and seconds only", field="event_id")
+        numbers = self._numbers(body.event_id)
+        if len(numbers) != 1:
+            return self._unknown(body.event_id)
+        request = PinRequest("", ("", ""), (), (), round(body.seconds * NS), numbers[0])
+        answer = await self.service.ask(request)
+        if answer.reason == "unknown_event":
+            return self._unknown(body.event_id)
+        return self._pinned(answer, ("", ""), True)
+
+    async def unpin(self, body: b.EventBody) -> Reply:
+        numbers = self._numbers(body.event_id)
+        if len(numbers) != 1:
+            return self._unknown(body.event_id)
+        answer = await self.service.ask(UnpinRequest("", numbers[0]))
+        if answer.reason == "unknown_event":
+            return self._unknown(body.event_id)
+        return self._pinned(answer, ("", ""), False)
+
+    async def clear(self, body: b.ClearBody) -> Reply:
+        position = (body.instance_id, body.location)
+        nowhere = self._nowhere(position)
+        if nowhere is not None:
+            return nowhere
+        view = self.machine.registry.ranks[(body.instance_id, 0)].views[body.location]
+        tokens = sum(entry.num_tokens for entry in view.entries.values())
+        answer = await self.service.ask(ClearRequest("", position))
+        if answer.state != "ok":
+            return self._refused(answer.reason, answer.detail, position, event=answer.event)
+        return Reply(200, b.MoveReply(tokens, event_name(answer.event)))
+
+    # ---- who is there, as the reference asks
+    def health(self, body: b.InstanceBody) -> Reply:
+        registry = self.machine.registry
+        some = [rank for (name, _), rank in registry.ranks.items() if name == body.instance_id]
+        if not some:
+            return self._nowhere((body.instance_id, "")) or refusal("unknown_instance", body.instance_id)
+        late_ns = 2 * self.machine.spec.config.beat_ns
+        codes: Dict[str, int] = {}
+        for number in range(some[0].register.namespace.ranks):
+            rank = registry.ranks.get((body.instance_id, number))
+            late = rank is not None and self.service.node.now() - rank.heard_ns > late_ns
+            codes[str(number)] = 1 if rank is None else 2 if late else 0
+        return Reply(200, b.HealthReply(_fresh("health"), codes))
+
+    def query_instance(self, body: b.QueryInstanceBody) -> Reply:
+        ip = "127.0.0.1" if body.ip == "localhost" else body.ip
+        ranks = self.machine.registry.ranks
+        names = sorted({name for (name, _), rank in ranks.items() if rank.address.rpartition(":")[0] == ip})
+        if not names:
+            hosts = sorted({rank.address.rpartition(":")[0] for rank in ranks.values()})
+            return refusal("unknown_instance", f"no instance at {body.ip}", known=hosts)
+        return Reply(200, b.QueryInstanceReply(body.event_id or _fresh("query"), names[0], names))
+
+    def query_worker_info(self, body: b.QueryWorkerInfoBody) -> Reply:
+        registry = self.machine.registry
+        if body.instance_id != "all" and not any(name == body.instance_id for name, _ in registry.ranks):
+            return self._nowhere((body.instance_id, "")) or refusal("unknown_instance", body.instance_id)
+        infos = []
+        for (name, number), rank in sorted(registry.ranks.items()):
+            wanted = body.worker_ids is None or number in body.worker_ids
+            if body.instance_id in ("all", name) and wanted:
+                host, _, port = rank.address.rpartition(":")
+                infos.append(
+                    b.WorkerInfo(
+                        name, number, host, int(port or 0), rank.register.endpoint,
+                        rank.register.since_ns / 1e9, rank.heard_ns / 1e9,
+                    )
+                )  # fmt: skip
+        return Reply(200, b.QueryWorkerInfoReply(_fresh("query"), infos))
+
+    def instances(self) -> Reply:
+        registry = self.machine.registry
+        by_name: Dict[str, List[Rank]] = {}
+        for (name, _), rank in sorted(registry.ranks.items()):
+            by_name.setdefault(name, []).append(rank)
+        now = self.service.node.now()
+        views = [
+            b.InstanceView(
+                instance_id=name,
+                whole=registry.instance(name) is not None,
+                ranks=[_rank_view(rank, now) for rank in ranks],
+                namespace=msgspec.to_builtins(ranks[0].register.namespace),
+            )
+            for name, ranks in by_name.items()
+        ]
+        return Reply(200, b.InstancesReply(views, self.awaited()))
+
+    def ready(self) -> Reply:
+        """Once the journal is replayed; whoever can ask is proof that it listens."""
+        if not self.service.running or not self.machine.incarnation:
+            return refusal("not_ready", "the controller is not ready")
+        return Reply(200, b.ReadyReply("ready", self.machine.incarnation))
+
+    async def status(self, number: int) -> Answer:
+        return await self.service.ask(StatusRequest("", number))
+
+
+def _fresh(what: str) -> str:
+    """An id for what leaves no event behind."""
+    return f"{what}-{uuid.uuid4().hex[:16]}"
+
+
+def _rank_view(rank: Rank, now: int) -> b.RankView:
+    size = rank.register.namespace.bytes_per_token
+    chunk = rank.register.namespace.chunk_tokens
+    places = []
+    for location in rank.register.locations:
+        entries = rank.views[location.name].entries
+        tokens = sum(entry.num_tokens for entry in entries.values())
+        places.append(
+            b.LocationView(
+                name=location.name, slots=location.slots, chunks=len(entries), tokens=tokens, bytes=tokens * size,
+                capacity_bytes=location.slots * chunk * size,
+            )
+        )  # fmt: skip
+    return b.RankView(
+        rank=rank.register.rank, address=rank.address, epoch=event_name(rank.epoch), since=rank.register.since_ns / 1e9,
+        heard_s_ago=max(0.0, (now - rank.heard_ns) / 1e9), locations=places,
+    )  # fmt: skip
+
+
+def together(name: str, views: Sequence[b.EventView]) -> b.EventView:
+    """Several events as one: it goes on while any of them does, and has failed if any of them has."""
+    going = [view for view in views if view.state not in ENDED]
+    failed = [view for view in views if view.state == "failed" and view.reason != "nothing_held"]
+    some = [view for view in views if view.reason != "nothing_held"]
+    worst = (going or failed or some or list(views))[0]
+    steps = [view.progress for view in views if isinstance(view.progress, b.Progress)]
+    progress: Any = UNSET
+    if steps:
+        progress = b.Progress(
+            sum(step.chains for step in steps), sum(step.chains_begun for step in steps),
+            sum(step.planned_tokens for step in steps), sum(step.moved_tokens for step in steps),
+        )  # fmt: skip
+    return b.EventView(
+        event_id=name,
+        kind=views[0].kind,
+        state=worst.state,
+        num_tokens=sum(view.num_tokens for view in views),
+        reason=worst.reason,
+        detail=worst.detail,
+        begun=min((view.begun for view in views if isinstance(view.begun, float)), default=UNSET),
+        progress=progress,
+        children=[view.event_id for view in views],
+    )
