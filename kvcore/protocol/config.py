@@ -54,6 +54,8 @@ class Rules(msgspec.Struct, frozen=True, gc=False, forbid_unknown_fields=True):
     h36: bool = True  #: a restarted controller asks for the retentions before it deletes
     h37: bool = True  #: overdue timers run before the input
     h38: bool = True  #: a reservation that nobody answers ends by a timer
+    h39: bool = True  #: an old Pin or Renew does not prolong a pin
+    h40: bool = True  #: a retention outlives the epoch of its process
 
 
 ALL_RULES: Final = Rules()

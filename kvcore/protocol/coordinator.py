@@ -63,6 +63,8 @@ class Event:
         self.pids: List[Pid] = []
         self.slots: List[Tuple[int, ...]] = []
         self.pinned: int = 0
+        #: each source's clock in the newest Pinned of its pin
+        self.pinned_ns: List[int] = []
         self.n: int = 0
         self.num_tokens: int = 0
         self.reserved: List[int] = []
@@ -136,6 +138,7 @@ class Coordinator:
         event.src_incs = [rank.views[m.src[1]].inc for rank in src]
         event.pids = [NO_ID] * ranks
         event.slots = [()] * ranks
+        event.pinned_ns = [0] * ranks
         event.reserved = [-1] * ranks
         event.committed = [-1] * ranks
         event.stamps = [0] * ranks
@@ -209,6 +212,7 @@ class Coordinator:
                 return
             event.pids[r] = m.pid
             event.slots[r] = m.slots
+            event.pinned_ns[r] = m.at_ns
             event.pinned += 1
             if event.pinned == len(event.src):
                 event.n = min([len(slots) for slots in event.slots])
@@ -218,6 +222,8 @@ class Coordinator:
                 out.append(Note("source_may_keep", m.event, src))
         elif m.pid != event.pids[r]:
             self._second_pin(event, r, src, m, out)
+        elif event.pinned_ns and m.at_ns > event.pinned_ns[r]:
+            event.pinned_ns[r] = m.at_ns
 
     def _second_pin(self, event: Event, r: int, src: str, m: Pinned, out: List[Effect]) -> None:
         """A pin that lapsed is never replaced within its event (H15)."""
@@ -481,7 +487,7 @@ class Coordinator:
             if now - event.renewed_ns >= self.config.renew_ns:
                 event.renewed_ns = now
                 for r, address in enumerate(event.src):
-                    out.append(Send(address, Renew(self.incarnation, event.number, event.pids[r])))
+                    out.append(Send(address, Renew(self.incarnation, event.number, event.pids[r], event.pinned_ns[r])))
         if event.number in self.events:
             self._alarm(now, event)
 

@@ -109,11 +109,13 @@ class Destination:
         self.gone: Dict[str, int] = {}
 
     def restart(self, now: int, epoch: int, out: List[Effect]) -> None:
-        """A new epoch: reservations and retentions of the old one end; what may still be written stays quarantined."""
+        """A new epoch: reservations of the old one end; what may still be written stays quarantined. Retentions live
+        on: a process expelled for silence has kept its bytes, and a source may be about to rely on them (H40)."""
         for event in list(self.reservations):
             self._abort(now, self.reservations[event], out)
-        for event in list(self.retentions):
-            self._unretain(event)
+        if not self.config.rules.h40:
+            for event in list(self.retentions):
+                self._unretain(event)
         self.epoch = epoch
         self.counter = 0
 

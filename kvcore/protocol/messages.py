@@ -178,14 +178,18 @@ class Pinned(Message, frozen=True, gc=False):
     inc: Inc
     pid: Pid = NO_ID
     slots: Tuple[int, ...] = ()
+    at_ns: int = 0
+    """The source's clock, for Renew to echo."""
 
 
 class Renew(Message, frozen=True, gc=False):
-    """controller -> source. Never creates a pin. Answered by Pinned."""
+    """controller -> source. Never creates a pin. Answered by Pinned. The lease ends lease_ns after ``at_ns``, the
+    newest Pinned that the controller has heard, so that an old Renew prolongs nothing (H39)."""
 
     incarnation: int
     event: int
     pid: Pid
+    at_ns: int = 0
 
 
 class Fetch(Message, frozen=True, gc=False):

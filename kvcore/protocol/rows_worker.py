@@ -36,7 +36,7 @@ def _birth() -> None:
     row("refused", "RegisterRefused", "say so again", "", "", "Note")
     row("registered", "RegisterRefused", "ignored: I have an epoch")
     row(ALL, "Probe", "answer, with my epoch and nonce", "", "h32", "Alive")
-    row("registered", "Expelled", "my epoch is over: end pins, reservations, retentions; register", "expelled", "",
+    row("registered", "Expelled", "my epoch is over: end pins and reservations; register", "expelled", "",
         "Note Register")
     row("registered", "Expelled: of an epoch before", "ignored: long over")
     row(UNBORN, "Expelled", "ignored: I have no epoch")
@@ -58,7 +58,7 @@ def _source() -> None:
     row("none", "Pin", "a fresh pid for the longest held prefix; the lease runs", "held", "h11 h22", "Pinned")
     row("none", "Pin: nothing held", "say so", "", "", "Pinned")
     row("none", "Pin: a location that is not here", "refuse, naming mine", "", "", "Refused")
-    row("held", "Pin", "the same pid; the lease runs anew", "", "h15", "Pinned")
+    row("held", "Pin", "the same pid; its lease runs on", "", "h15 h39", "Pinned")
     row("held", "Renew", "the lease runs anew", "", "h22", "Pinned")
     row("held", "Renew: of another pid", "that pin is gone", "", "h15", "Pinned")
     row("none", "Renew", "that pin is gone: never a new one", "", "h15", "Pinned")
@@ -136,7 +136,8 @@ def _destination() -> None:
     row("fencing", "Clear", "free its slots", "none", "h20", "Note Cleared")
     row("copying", "Expelled", "as End", "none", "", "Note AbortCopy Register")
     row("none", "Expelled", "nothing to end", "", "", "Note Register")
-    row("fencing, retained", "Expelled", "as End", "none", "", "Note Register")
+    row("fencing", "Expelled", "as End", "none", "", "Note Register")
+    row("retained", "Expelled", "the retention lives on", "", "h40", "Note Register")
     row(every, "WindowClosed", "that process's quarantines end", "", "h30")
 
 

@@ -41,6 +41,7 @@ class PinState:
         self.slots: Tuple[int, ...] = slots
         self.move: bool = move
         self.lease_ns: int = 0
+        self.until_ns: int = 0
 
 
 @final
@@ -101,22 +102,27 @@ class Source:
                 refs[slot] += 1
                 if m.move:
                     moving[slot] = moving.get(slot, 0) + 1
-        pin.lease_ns = m.lease_ns
-        self._lease(now, pin)
-        out.append(Send(src, Pinned(m.event, pin.pool.inc, pin.pid, pin.slots)))
+            pin.lease_ns = m.lease_ns
+            self._lease(now, pin)
+        elif not self.config.rules.h39:
+            self._lease(now, pin)
+        out.append(Send(src, Pinned(m.event, pin.pool.inc, pin.pid, pin.slots, now)))
 
     def on_renew(self, now: int, src: str, m: Renew, out: List[Effect]) -> None:
         pin = self.pins.get(m.event)
         if pin is not None and pin.pid == m.pid:
-            self._lease(now, pin)
-            out.append(Send(src, Pinned(m.event, pin.pool.inc, pin.pid, pin.slots)))
+            self._lease(m.at_ns if self.config.rules.h39 else now, pin)
+            out.append(Send(src, Pinned(m.event, pin.pool.inc, pin.pid, pin.slots, now)))
         else:
             # Never a new pin: what it would hold may not be what the event's bytes were read from (H15).
             out.append(Send(src, Pinned(m.event, NO_ID)))
 
-    def _lease(self, now: int, pin: PinState) -> None:
-        if self.config.rules.h22:
-            self.timers.set(("lease", pin.event, 0), now + pin.lease_ns)
+    def _lease(self, since_ns: int, pin: PinState) -> None:
+        """Run the lease from ``since_ns`` on, a moment of this process's clock; never shorten it."""
+        until_ns = since_ns + pin.lease_ns
+        if until_ns > pin.until_ns and self.config.rules.h22:
+            pin.until_ns = until_ns
+            self.timers.set(("lease", pin.event, 0), until_ns)
 
     def on_lease(self, now: int, name: Tuple[str, int, int], out: List[Effect]) -> None:
         self._unpin(name[1])

@@ -1,4 +1,4 @@
-"""H26 to H38: each rule's run, with the rule and without it."""
+"""H26 to H40: each rule's run, with the rule and without it."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from kvcore.protocol.messages import (
     Delta,
     Fence,
     Fenced,
+    Fetch,
     MoveRequest,
     Pin,
     Push,
@@ -184,7 +185,7 @@ def test_h35_decide_needs_a_fresh_committed(rules: Rules) -> str:
     return f"{answer.state} {answer.reason}".strip() + f", x whole at {w.whole_at('x')}"
 
 
-@hole(on="done, x at a", off="done, x at ")
+@hole(on="done, x at a", off="done, x at ", also_off=("h39",))  # else the pin has lapsed long before
 def test_h36_a_restarted_controller_asks_for_the_retentions(rules: Rules) -> str:
     """The controller is down for longer than a retention; doubles of its Pin, late, keep the source's pin alive."""
     w = Story(rules, {"a": 2, "b": 1})
@@ -241,3 +242,36 @@ def test_h38_a_lost_fence_ends_by_a_timer(rules: Rules) -> str:
     w.boot("ctl")
     w.elapse(90 * S)
     return w.leaks()
+
+
+@hole(on="done, x at a", off="done, x at ")
+def test_h39_an_old_pin_does_not_prolong_a_pin(rules: Rules) -> str:
+    """The source is given up; doubles of Pin go on arriving there, and last the Release, when b has long evicted x."""
+    w = Story(rules, {"a": 1, "b": 1})
+    w.store("a/0", "x")
+    event = w.move("a", "b", "x")
+    w.until(Fetch)
+    pin = next(letter for letter in w.sent if isinstance(letter[2], Pin))
+    w.until(Release)
+    release = w.hold(Release)
+    for _ in range(5):
+        w.elapse(9 * S, lose=(Release,))
+        w.deliver(pin)
+    w.store("b/0", "z")
+    w.deliver(release)
+    return f"{w.status(event).state}, x at {w.whole_at('x')}"
+
+
+@hole(on="x at b", off="x at ")
+def test_h40_a_retention_outlives_an_epoch(rules: Rules) -> str:
+    """b is silent for dead_ns and takes a new epoch; a Release from before is late, and finds its pin alive."""
+    w = Story(rules, {"a": 1, "b": 1})
+    w.store("a/0", "x")
+    w.move("a", "b", "x")
+    w.until(Release)
+    release = w.hold(Release)
+    w.elapse(5200 * MS, lose=(Release,), frozen=("b/0",))
+    w.elapse(1200 * MS, lose=(Release,))
+    w.store("b/0", "z")
+    w.deliver(release)
+    return f"x at {w.whole_at('x')}"

@@ -41,6 +41,8 @@ BREAKS: Dict[str, str] = {
     "h35": "Loss",
     "h36": "Loss",
     "h37": "Loss",
+    "h39": "Loss",
+    "h40": "Loss",
 }
 
 #: what is seen once quiet only, or (h23, h26) is no violation of a property at all
