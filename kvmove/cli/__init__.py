@@ -13,7 +13,7 @@ from typing import Annotated, Final
 
 import typer
 
-from kvmove.cli import demo, history, instance, protocol, run, scenario, search, swarm
+from kvmove.cli import demo, events, history, instance, lookup, move, pin, protocol, run, scenario, search, swarm
 from kvmove.errors import BAD_INPUT, GOOD, INTERRUPTED, line_for
 
 EPILOG: Final = """Start here: `kvmove demo`, then `kvmove run scenarios/smoke/move.yaml --on both`.
@@ -36,6 +36,15 @@ app.command("search")(search.search)
 app.command("swarm")(swarm.swarm)
 app.command("demo")(demo.demo)
 app.command("instance")(instance.instance)
+app.command("move")(move.move)
+app.command("drain")(move.drain)
+app.command("lookup")(lookup.lookup)
+app.command("instances")(lookup.instances)
+app.command("events")(events.events)
+app.command("cancel")(events.cancel)
+app.command("pin")(pin.pin)
+app.command("unpin")(pin.unpin)
+app.command("lease")(pin.lease)
 
 
 def _version(asked: bool) -> None:
