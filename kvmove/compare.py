@@ -23,8 +23,9 @@ PHASES: Final = ("control", "queue", "copy", "commit")
 #: Simulated schedules that a racing answer is looked for in, before it counts as one that none gives.
 BUDGET: Final = 200
 
-Answer = tuple[str, int, str]
-"""(state, num_tokens, reason) of an operation: what an outcome is compared by."""
+Answer = tuple[str, int, str, str]
+"""(state, num_tokens, reason, more) of an operation: what an outcome is compared by. ``more``: what a lookup found and
+where, what each source rank of a move deleted and kept."""
 Placement = dict[str, dict[str, int]]
 
 
@@ -67,14 +68,23 @@ class Comparison(msgspec.Struct, frozen=True):
 
 # ---- outcome --------------------------------------------------------------------------------------------------------
 def answer(operation: Operation) -> Answer:
-    return operation.state, operation.num_tokens, operation.reason
+    found = [f"{one.num_tokens} at {one.instance}/{one.location}" for one in operation.found]
+    source = []
+    for one in operation.source:
+        deleted = "unknown" if one.deleted < 0 else f"deleted {one.deleted}"
+        source.append(f"rank {one.rank}: {deleted}, kept {one.kept} {one.why}".rstrip())
+    return operation.state, operation.num_tokens, operation.reason, "; ".join([*sorted(found), *source])
 
 
 def answer_text(given: Answer) -> str:
     """``done, 12 tokens`` or ``failed (nothing_held), 0 tokens``."""
-    state, num_tokens, reason = given
+    state, num_tokens, reason, _ = given
     why = f" ({reason})" if reason else ""
     return f"{state}{why}, {num_tokens:,} token{'' if num_tokens == 1 else 's'}"
+
+
+def _whole_text(given: Answer) -> str:
+    return answer_text(given) + (f" [{given[3]}]" if given[3] else "")
 
 
 def outcome(order: str, sim: Result, real: Result, schedules: Callable[[], Iterator[Result]] | None = None) -> Outcome:
@@ -92,7 +102,7 @@ def _unequal_answers(sim: Result, real: Result) -> list[str]:
     found = []
     for op in [*ours, *(op for op in theirs if op not in ours)]:
         if ours.get(op) != theirs.get(op):
-            left, right = (answer_text(side[op]) if op in side else "never asked" for side in (ours, theirs))
+            left, right = (_whole_text(side[op]) if op in side else "never asked" for side in (ours, theirs))
             found.append(f"{op}: {left} in simulation, {right} for real")
     return found
 
@@ -127,8 +137,8 @@ def _reachable(sim: Result, real: Result, schedules: Callable[[], Iterator[Resul
         if not missing and placed:
             return Outcome(True, "racing", tried)
     differs = [
-        f"{op}: {answer_text(given)} for real; {tried} simulated schedules give only "
-        + " or ".join(answer_text(one) for one in sorted(seen[op]))
+        f"{op}: {_whole_text(given)} for real; {tried} simulated schedules give only "
+        + " or ".join(_whole_text(one) for one in sorted(seen[op]))
         for op, given in missing.items()
     ]
     if not placed:

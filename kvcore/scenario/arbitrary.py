@@ -106,7 +106,7 @@ def _duration(text: str) -> Duration:
 
 
 #: Milliseconds in place of seconds, but what other work on the machine may delay is never below 0.5 s.
-QUICK: Final = Constants(scale=0.05, dead=_duration("1 s"), copy_max=_duration("1 s"), deadline=_duration("1 s"))
+QUICK: Final = Constants(scale=0.05, dead=_duration("1 s"), copy_max=_duration("600 ms"), deadline=_duration("1 s"))
 #: Time costs nothing in simulation but the beats and retries in it: few of them to a lease.
 SPARSE: Final = Constants(
     retry=_duration("1 s"),
@@ -239,6 +239,8 @@ class _Drawer:
             self.done.append(draw.choice(kinds)(racing))
             if not racing:
                 self.done.append(SETTLE)
+        if space.must == "cancel" and not self.moves:
+            self.done.append(self._move(racing))
         if self.open and draw.once_in(2):
             self.done.append(Step(wait=Wait()))
         if not space.moves_only:

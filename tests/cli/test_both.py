@@ -116,7 +116,7 @@ def test_a_planted_answer_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPat
             patch.setattr(player, "_run", planted)
             found = player.play(prepare(str(path)), tmp_path / "planted")
         assert not found.good and found.comparison is not None
-        assert any("39 tokens for real" in line for line in found.comparison.outcome.differs)
+        assert any("39 tokens" in line for line in found.comparison.outcome.differs)
 
 
 def test_ctrl_c_ends_every_process_and_leaves_nothing(tmp_path: Path) -> None:
