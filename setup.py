@@ -11,9 +11,8 @@ from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
 
-#: msgspec builds these classes at import and they are the wire form: mypyc has nothing to add to them. workloads.py is
-#: run as a program.
-INTERPRETED = {"__init__.py", "messages.py", "machine.py", "config.py", "tables.py", "costs.py", "workloads.py"}
+#: msgspec builds these classes at import and they are the wire form: mypyc has nothing to add to them.
+INTERPRETED = {"__init__.py", "messages.py", "machine.py", "config.py", "tables.py"}
 INTERPRETED |= {"rows.py", "rows_controller.py", "rows_worker.py"}  # data, built once
 
 

@@ -8,7 +8,8 @@ from kvcore.protocol.machine import FillDone, ReadDone, StartFill, StartRead
 from kvcore.scenario.faults import CopyFate
 
 if TYPE_CHECKING:
-    from kvsim.node import Cluster, Node
+    from kvsim.cluster import Cluster
+    from kvsim.node import Node
 
 
 @final

@@ -25,9 +25,10 @@ from kvcore.scenario.faults import (
 )
 from kvcore.scenario.history import VERSION, FileHistory, Header, NoHistory
 from kvcore.scenario.result import Operation, PhaseTracker, Result
+from kvsim.cluster import Cluster
 from kvsim.costs import Profile, load_profile
 from kvsim.memory import TORN
-from kvsim.node import Cluster, Node
+from kvsim.node import Node
 
 _FIRST_LOOK_NS = 100_000
 """How soon after it is asked for quiet is looked for; then ever less often."""

@@ -18,7 +18,8 @@ from kvsim.memory import TORN, Memory, copy_slots
 from kvsim.network import Path
 
 if TYPE_CHECKING:
-    from kvsim.node import Cluster, Node
+    from kvsim.cluster import Cluster
+    from kvsim.node import Node
 
 PEER_GONE: Final = "peer is gone"
 OTHER_EPOCH: Final = "peer has another epoch"

@@ -1,20 +1,15 @@
-"""How fast the simulator is: workloads that drive the real machines, without a scenario's client in the way.
+"""Workloads that say how fast the simulator is: they drive the real machines without a scenario's client in the way.
 
-    python -m kvsim.workloads [a] [b] [c] [b256] [b1024] [--history] [--profile] [--moves N]
-
-``a``: two instances, one chunk, one move after another. ``b``: 100 instances, 64 moves in flight, 1-32 chunks drawn by
-Zipf. ``b256`` and ``b1024``: the same with more in flight, so that hundreds of flows are coupled through shared links.
-``c``: 10,000 instances, 1,000 in flight. CPU time of one core; building and storing are not measured.
+``a``: two instances, one chunk, one move after another; ``a4``: with four ranks a side. ``b``: 100 instances, 64 moves
+in flight, 1-32 chunks drawn by Zipf. ``b256`` and ``b1024``: the same with more in flight, so that hundreds of flows
+are coupled through shared links. ``c``: 10,000 instances, 1,000 in flight. tests/bench measures them.
 """
 
 from __future__ import annotations
 
 import random
-import resource
-import sys
-import time
 from pathlib import Path
-from typing import Any, Dict, Final, List, Optional, Tuple, final
+from typing import Callable, Dict, Final, List, Optional, Tuple, final
 
 from kvcore.protocol.config import Config, ControllerSpec, WorkerSpec
 from kvcore.protocol.machine import Boot, Command, Effect, Input, Machine, Received, Send
@@ -25,8 +20,9 @@ from kvcore.scenario.client import ClientSpec
 from kvcore.scenario.faults import FaultPlan
 from kvcore.scenario.history import FileHistory, NoHistory
 from kvcore.scenario.units import Rate
+from kvsim.cluster import Cluster
 from kvsim.costs import Profile
-from kvsim.node import Cluster, Node
+from kvsim.node import Node
 from kvsim.run import CollectorTamed, header
 
 CPU = "LocalCPUBackend"
@@ -183,17 +179,17 @@ def built_for(load: Load, seed: int = 0) -> Built:
 
 @final
 class Bench:
-    """One workload, built and stored, ready to be measured."""
+    """One workload, built and stored, ready to be measured by ``clock``: seconds of CPU time."""
 
-    def __init__(self, load: Load, history: Optional[Path] = None, seed: int = 0) -> None:
+    def __init__(self, load: Load, clock: Callable[[], float], history: Optional[Path] = None, seed: int = 0) -> None:
         self.load: Load = load
+        self.clock: Callable[[], float] = clock
         built = built_for(load, seed)
         sink = FileHistory(history, header(built)) if history is not None else NoHistory()
         self.pump: Pump = Pump(load, seed)
         plan = FaultPlan((), built.config, built.nodes)
         self.cluster: Cluster = Cluster(built, PROFILE, plan, sink, self._make)
         self.client: Node = self.cluster.nodes["client"]
-        self.wall_s: float = 0.0
         self.cpu_s: float = 0.0
         self.inputs: int = 0
         self._prepare()
@@ -220,13 +216,13 @@ class Bench:
         inputs = cluster.inputs()
         goal = pump.done + moves
         with CollectorTamed():
-            start_s = time.process_time()
+            start_s = self.clock()
             if not pump.flying:
                 self.client.arrive(Command("go"), None)
             while pump.done < goal:
                 loop.advance(loop.now_ns + 5_000_000)
             cluster.history.flush()
-            self.cpu_s = time.process_time() - start_s
+            self.cpu_s = self.clock() - start_s
         self.inputs = cluster.inputs() - inputs
 
     def report(self, moves: int) -> str:
@@ -234,38 +230,6 @@ class Bench:
         return (
             f"{self.load.name:6} {moves / self.cpu_s:8,.0f} moves/s {self.inputs / self.cpu_s:9,.0f} inputs/s"
             f" {self.inputs / moves:5.1f} inputs a move {1e6 * self.cpu_s / self.inputs:5.2f} us an input"
-            f" {solver.solves / moves:5.2f} solves a move, {solver.filled / max(1, solver.solves):5.1f} flows each"
-            f" {self.pump.failed} failed {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024} MB"
+            f" {solver.solves / moves:5.2f} solves a move, {solver.filled / max(1, solver.solves):5.1f} flows each,"
+            f" {self.pump.failed} failed"
         )
-
-
-def main(arguments: List[str]) -> None:
-    names = [name for name in arguments if name in LOADS] or ["a", "b", "b256", "c"]
-    moves = int(arguments[arguments.index("--moves") + 1]) if "--moves" in arguments else 0
-    history = Path("out/bench-history.jsonl") if "--history" in arguments else None
-    for name in names:
-        load = LOADS[name]
-        count = moves or load.moves
-        bench = Bench(load, history)
-        bench.run(max(100, count // 10))
-        if "--profile" in arguments:
-            _profile(bench, count)
-        else:
-            bench.run(count)
-            print(bench.report(count), "with history" if history else "", flush=True)
-
-
-def _profile(bench: Bench, moves: int) -> None:
-    import cProfile
-    import pstats
-
-    profiler = cProfile.Profile()
-    profiler.enable()
-    bench.run(moves)
-    profiler.disable()
-    stats: Any = pstats.Stats(profiler)
-    stats.sort_stats("tottime").print_stats(40)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

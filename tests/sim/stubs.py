@@ -13,8 +13,9 @@ from kvcore.scenario.build import AnySpec, Built
 from kvcore.scenario.faults import FaultPlan
 from kvcore.scenario.history import NoHistory
 from kvcore.scenario.units import Rate
+from kvsim.cluster import Cluster
 from kvsim.costs import Profile
-from kvsim.node import Cluster, Node
+from kvsim.node import Node
 
 #: Costs that are easy to add up.
 PROFILE = Profile(

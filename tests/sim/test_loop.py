@@ -48,6 +48,7 @@ def test_simpy_processes_share_the_heap() -> None:
         log.append((loop.now_ns, item))
 
     loop.process(taker())
+
     def put(item: str, _: Any) -> None:
         store.put(item)
 
