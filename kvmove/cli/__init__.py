@@ -13,7 +13,21 @@ from typing import Annotated, Final
 
 import typer
 
-from kvmove.cli import demo, events, history, instance, lookup, move, pin, protocol, run, scenario, search, swarm
+from kvmove.cli import (
+    controller,
+    demo,
+    events,
+    history,
+    instance,
+    lookup,
+    move,
+    pin,
+    protocol,
+    run,
+    scenario,
+    search,
+    swarm,
+)
 from kvmove.errors import BAD_INPUT, GOOD, INTERRUPTED, line_for
 
 EPILOG: Final = """Start here: `kvmove demo`, then `kvmove run scenarios/smoke/move.yaml --on both`.
@@ -35,7 +49,9 @@ app.command("protocol")(protocol.protocol)
 app.command("search")(search.search)
 app.command("swarm")(swarm.swarm)
 app.command("demo")(demo.demo)
+app.command("controller")(controller.controller)
 app.command("instance")(instance.instance)
+app.command("up")(up.up)
 app.command("move")(move.move)
 app.command("drain")(move.drain)
 app.command("lookup")(lookup.lookup)

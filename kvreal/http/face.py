@@ -368,7 +368,7 @@ class Face:
                 instance_id=name,
                 whole=registry.instance(name) is not None,
                 ranks=[_rank_view(rank, now) for rank in ranks],
-                namespace=msgspec.to_builtins(ranks[0].register.namespace),
+                namespace=_fields(ranks[0].register.namespace),
             )
             for name, ranks in by_name.items()
         ]
@@ -387,6 +387,10 @@ class Face:
 def _fresh(what: str) -> str:
     """An id for what leaves no event behind."""
     return f"{what}-{uuid.uuid4().hex[:16]}"
+
+
+def _fields(namespace: Namespace) -> Dict[str, Any]:
+    return {name: getattr(namespace, name) for name in namespace.__struct_fields__}
 
 
 def _rank_view(rank: Rank, now: int) -> b.RankView:
