@@ -100,6 +100,8 @@ class Membership:
         self.epochs += 1
         epoch = event_id(self.incarnation, self.epochs)
         rank = self.registry.issue(src, epoch, m, False)
+        known = self.registry.ranks.get((m.instance, m.rank))
+        rank.over = known.epoch if known is not None else 0
         out.append(Journal(EpochIssued(src, epoch, m)))
         out.append(Send(src, Registered(self.incarnation, m.nonce, epoch)))
         if not self.config.rules.h32:
@@ -183,8 +185,9 @@ class Membership:
             if issued is None or (rank is not None and rank.epoch > m.epoch):
                 out.append(Send(src, Expelled(self.incarnation, m.epoch)))
                 return
-            if self._difference(issued.register) is not None:
-                # Its mates were believed meanwhile, and differ: it learns why when it registers anew.
+            if self._difference(issued.register) is not None or self._overtaken(issued):
+                # Its mates were believed meanwhile and differ, or another process of its id was, which nobody has
+                # probed: it learns why when it registers anew.
                 self.registry.forget_issued(issued)
                 out.append(Send(src, Expelled(self.incarnation, m.epoch)))
                 return
@@ -199,6 +202,11 @@ class Membership:
                 self._new_inc(now, src, item.location, view, item.inc, out)
         for location in self.registry.beat(rank, m):
             out.append(Send(src, Resync(self.incarnation, location)))
+
+    def _overtaken(self, issued: Rank) -> bool:
+        """Has another process taken its place since it was issued?"""
+        known = self.registry.ranks.get((issued.register.instance, issued.register.rank))
+        return known is not None and known.address != issued.address and issued.over not in (-1, known.epoch)
 
     def _new_inc(self, now: int, src: str, location: str, view: View, inc: Tuple[int, int], out: List[Effect]) -> None:
         """The location has been cleared; or I have been restarted and hear of it for the first time."""

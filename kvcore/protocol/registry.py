@@ -44,6 +44,8 @@ class Rank:
         self.register: Register = register
         #: how often its locations have been cleared when I first hear of it; -1: unknown
         self.clears: int = clears
+        #: the epoch that had its place when it was issued, and may be displaced; 0: none had, -1: any may
+        self.over: int = -1
         self.heard_ns: int = 0
         self.views: Dict[str, View] = {}
 
