@@ -15,7 +15,8 @@ from kvcore.scenario.faults import Action, CancelOp, ClientDies, Crash, FaultPla
 from kvreal import control as c
 
 if TYPE_CHECKING:
-    from kvreal.session import Seat, Session
+    from kvreal.seats import Seat
+    from kvreal.session import Session
 
 
 class Acts:

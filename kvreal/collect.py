@@ -11,7 +11,8 @@ from kvcore.scenario import build, history
 from kvcore.scenario.history import VERSION, Header, Line
 from kvcore.scenario.result import Operation, PhaseTracker, Result, Violation
 from kvreal import control as c
-from kvreal.session import Broken, Session
+from kvreal.seats import Broken
+from kvreal.session import Session
 
 Metrics = Dict[str, Union[int, float, str]]
 

@@ -12,7 +12,8 @@ from kvcore.scenario.history import HistoryError
 from kvcore.scenario.result import Result
 from kvreal import collect
 from kvreal.pool import HostError, Pool
-from kvreal.session import Broken, Hang, Session
+from kvreal.seats import Broken, Hang
+from kvreal.session import Session
 
 FATAL: Final = ("JournalError", "HistoryError", "SlabError", "transport")
 """Troubles of this machine, not of the protocol: they end the run with an error instead of a result."""

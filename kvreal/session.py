@@ -8,63 +8,19 @@ import signal
 import time
 import uuid
 from pathlib import Path
-from typing import Callable, Dict, Final, List, Optional, Tuple
+from typing import Callable, Dict, Final, List, Tuple
 
 from kvcore.protocol import machine as m
 from kvcore.protocol.config import ControllerSpec, WorkerSpec
-from kvcore.scenario.build import AnySpec, Built, encode
-from kvcore.scenario.faults import Spent
+from kvcore.scenario.build import Built, encode
 from kvreal import control as c
 from kvreal.acts import Acts
 from kvreal.journal import records
 from kvreal.pool import HostError, HostProcess, Pool
+from kvreal.quiet import ASK_TIMEOUT_S, Quiet
+from kvreal.seats import Broken, Hang, Seat
 
-ASK_TIMEOUT_S: Final = 2.0
 START_TIMEOUT_S: Final = 60.0
-LOST_AFTER_S: Final = 0.1
-"""Messages that were sent and have not arrived after this long, while nothing else happens, were lost."""
-
-
-class Hang(Exception):
-    """The run was not quiet at its deadline."""
-
-
-class Broken(Exception):
-    """A node cannot go on: what kind of trouble, which node, what it said."""
-
-    def __init__(self, kind: str, node: str, text: str) -> None:
-        super().__init__(text)
-        self.kind: str = kind
-        self.node: str = node
-        self.text: str = text
-
-
-class Seat:
-    """A node's place; its host changes with every life."""
-
-    def __init__(self, spec: AnySpec) -> None:
-        self.spec: AnySpec = spec
-        self.name: str = spec.name
-        self.life: int = 0
-        self.host: Optional[HostProcess] = None
-        self.address: Optional[c.Address] = None
-        self.paused: bool = False
-        self.dying: bool = False
-        self.restarts: int = 0  # restarts that are still to come
-        self.state: Optional[c.State] = None
-        self.checked: List[c.Checked] = []
-        self.idle: Optional[bool] = None
-        self.spent: Tuple[Spent, ...] = ()
-        self.fired: Dict[int, Dict[str, int]] = {}
-        """Life -> what its fault plan has fired."""
-
-    @property
-    def up(self) -> bool:
-        return self.host is not None and self.address is not None
-
-    def say(self, message: c.Said) -> None:
-        if self.host is not None:
-            self.host.pipe.say(message)
 
 
 class Session:
@@ -90,6 +46,7 @@ class Session:
         self.limit_ns: int = limit_ns
         self.deadline_ns: int = int(START_TIMEOUT_S * 1e9)
         self.acts: Acts = Acts(self)
+        self.quiet: Quiet = Quiet(self)
 
     # ---- time
     def now(self) -> int:
@@ -113,6 +70,17 @@ class Session:
         self.publish()
         for seat in self.seats.values():
             self._boot(seat)
+            self._heard_out(seat)  # one after the other, so that they register in the order in which they are written
+
+    def _heard_out(self, seat: Seat) -> None:
+        """Return when the node has done what it has been told so far (or is not to be asked)."""
+        number = self.next_number()
+        seat.say(c.Ask(number))
+        self._until(
+            lambda: not seat.up or seat.paused or (seat.state is not None and seat.state.n >= number),
+            START_TIMEOUT_S,
+            "start",
+        )
 
     def _assign(self, seat: Seat, host: HostProcess) -> None:
         seat.life += 1
@@ -273,83 +241,17 @@ class Session:
             self.pump(left)
 
     # ---- quiet?
-    def busy(self) -> List[str]:
-        """Why the run as a whole cannot be quiet yet, as far as the runner knows by itself."""
-        lines = []
-        for seat in self.seats.values():
-            if seat.restarts > 0:
-                lines.append(f"{seat.name}: to be restarted")
-            elif seat.host is not None and seat.paused:
-                lines.append(f"{seat.name}: paused")
-            elif seat.host is not None and not seat.up:
-                lines.append(f"{seat.name}: starting")
-        return lines
-
     def next_number(self) -> int:
         self.asked += 1
         return self.asked
 
     def ask(self) -> List[str]:
-        """Ask every node how it is. Why it is not quiet; empty if all are and no message is under way."""
-        number = self.next_number()
-        asked = [seat for seat in self.seats.values() if seat.up and not seat.paused]
-        for seat in asked:
-            seat.say(c.Ask(number))
-        until = time.monotonic() + ASK_TIMEOUT_S
-        while time.monotonic() < until:
-            waiting = [s for s in asked if s.up and not s.paused and (s.state is None or s.state.n < number)]
-            if not waiting:
-                break
-            self.pump(until - time.monotonic())
-        lines = self.busy()
-        for seat in asked:
-            if not seat.up or seat.paused:
-                continue
-            state = seat.state
-            if state is None or state.n < number:
-                lines.append(f"{seat.name}: gives no answer")
-            else:
-                lines += [f"{seat.name}: {why}" for why in state.pending]
-        return lines
-
-    def in_flight(self) -> List[str]:
-        """Messages that were sent between two living nodes and have not been taken by the receiver."""
-        up = [seat for seat in self.seats.values() if seat.up and seat.state is not None]
-        lines = []
-        for a in up:
-            for b in up:
-                assert a.state is not None and b.state is not None
-                sent = a.state.sent.get(c.pair(b.name, b.life), 0)
-                received = b.state.received.get(c.pair(a.name, a.life), 0)
-                if sent != received:
-                    lines.append(f"{a.name} -> {b.name}: {sent} sent, {received} received")
-        return lines
-
-    def counters(self) -> Dict[str, Tuple[Dict[str, int], Dict[str, int]]]:
-        return {s.name: (s.state.sent, s.state.received) for s in self.seats.values() if s.up and s.state is not None}
+        """Why the nodes are not quiet; empty if they are."""
+        return self.quiet.ask()
 
     def settle(self) -> None:
-        """Return when all nodes are quiet: nothing pending, and two rounds of asking in which no message moved and
-        none was under way. Raises Hang at the deadline, saying who was pending and why."""
-        pause_s = 0.0005
-        before: Optional[Dict[str, Tuple[Dict[str, int], Dict[str, int]]]] = None
-        since = time.monotonic()
-        while True:
-            why = self.ask()
-            if not why:
-                now = self.counters()
-                if now != before:
-                    before, since = now, time.monotonic()
-                    pause_s = 0.0005
-                else:
-                    why = self.in_flight()
-                    if not why or time.monotonic() - since > LOST_AFTER_S:
-                        return
-            else:
-                before = None
-            self.check_deadline(why)
-            self.idle(pause_s)
-            pause_s = min(pause_s * 2, 0.02)
+        """Return when all nodes are quiet. Raises Hang at the deadline, saying who was pending and why."""
+        self.quiet.settle()
 
     def idle(self, seconds: float) -> None:
         until = time.monotonic() + seconds

@@ -19,13 +19,11 @@ import threading
 import time
 import uuid
 from collections import deque
-from typing import Callable, Deque, Dict, Final, List, Optional, Tuple, Union
+from typing import Deque, Dict, Final, List, Optional, Tuple, Union
 
-import msgspec
-
-from kvcore.protocol.machine import StartCopy
 from kvcore.protocol.messages import Rid
 from kvreal.memory import Bytes, Memory, copy_bytes
+from kvreal.transfer.job import Copy, Ended, Fate, Job, Stopped, WindowShut
 from kvreal.transfer.window import (
     Grant,
     Hello,
@@ -41,96 +39,6 @@ from kvreal.transfer.window import (
 __all__ = ["Copy", "Ended", "Fate", "Job", "Stopped", "Transfer", "TransferError", "WindowShut"]
 
 LOCAL_BATCH_BYTES: Final = 16 << 20
-
-
-class Fate(msgspec.Struct, frozen=True):
-    """What an injected fault makes of a copy."""
-
-    fail: bool = False
-    corrupt: bool = False
-    stuck: bool = False
-    slow: float = 1.0
-    fraction: float = 1.0
-    delay_ns: int = 0
-
-
-class Copy(msgspec.Struct, frozen=True):
-    """``effect`` as the machine asked for it, and what only the driver knows."""
-
-    effect: StartCopy
-    endpoint: str
-    epoch: int
-    bytes_per_token: int
-    copy_max_ns: int
-    fate: Fate = Fate()
-
-
-class Ended(msgspec.Struct, frozen=True):
-    """``state``: done, failed or stopped. ``transport``: what carried the bytes. Times by the monotonic clock."""
-
-    rid: Rid
-    state: str
-    why: str
-    read: bool
-    peer: str
-    transport: str
-    nbytes: int
-    asked_ns: int
-    began_ns: int
-    ended_ns: int
-
-
-class WindowShut(msgspec.Struct, frozen=True):
-    peer: str
-    epoch: int
-
-
-class Stopped(Exception):
-    """Raised inside a copy that was told to stop, when it has."""
-
-
-class Job:
-    """A copy under way. ``stop`` is how its transport wakes a thread that waits for the network."""
-
-    def __init__(self, copy: Copy) -> None:
-        effect = copy.effect
-        self.copy: Copy = copy
-        self.asked_ns: int = time.monotonic_ns()
-        self.began_ns: int = 0
-        self.deadline_ns: int = self.asked_ns + copy.copy_max_ns
-        self.aborted: threading.Event = threading.Event()
-        self.expired: bool = False
-        self.stop: Optional[Callable[[], None]] = None
-        self.moved: int = 0
-        sizes = [tokens * copy.bytes_per_token for tokens in effect.lens]
-        self.spans: List[Tuple[int, int, int]] = _fraction(
-            list(zip(effect.slots, effect.peer_slots, sizes)), copy.fate.fraction
-        )
-        self.nbytes: int = sum(size for _, _, size in self.spans)
-
-    def check(self) -> None:
-        """Raise Stopped if the copy was told to stop."""
-        if self.aborted.is_set():
-            raise Stopped
-
-    def began(self) -> None:
-        """The first byte is about to move: what came before was queueing."""
-        if not self.began_ns:
-            self.began_ns = time.monotonic_ns()
-
-
-def _fraction(spans: List[Tuple[int, int, int]], fraction: float) -> List[Tuple[int, int, int]]:
-    """The first ``fraction`` of the bytes of (slot, peer slot, bytes) spans."""
-    if fraction >= 1.0:
-        return spans
-    left = int(sum(size for _, _, size in spans) * fraction)
-    kept = []
-    for mine, theirs, size in spans:
-        if left <= 0:
-            break
-        kept.append((mine, theirs, min(size, left)))
-        left -= size
-    return kept
 
 
 class Transfer:
