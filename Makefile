@@ -29,7 +29,7 @@ $(VENV)/.stamp: pyproject.toml setup.py constraints-cpu.txt
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("kvmove needs Python 3.11 or newer; this is " + sys.version.split()[0] + ". Try: make PYTHON=python3.12")'
 	@$(PYTHON) -m venv $(VENV) || { echo "could not make $(VENV): is python3-venv installed?"; exit 1; }
 	@echo "installing kvmove into $(VENV) (once; the real world's torch and nixl are about 1 GB)"
-	@$(PIP) install -qq $(CONSTRAIN) -e ".[dev]"
+	@$(PIP) install -qq $(CONSTRAIN) -e ".[dev,service]"
 	@{ $(PIP) install -qq $(CONSTRAIN) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) torch numpy pyzmq \
 	   && $(PIP) install -qq $(CONSTRAIN) -e ".[real]"; } \
 	 || echo "the real world is not installed: torch or nixl has no build for this machine. Simulation works; real runs say so and are skipped."
@@ -56,7 +56,7 @@ bench: $(VENV)/.stamp
 # The compiled form of the core, in build/fast, and the suite on it. The source tree stays pure.
 fast: $(VENV)/.stamp
 	@rm -rf build/fast && mkdir -p build/fast
-	@cp -r kvcore kvsim kvreal kvmove scenarios profiles tests setup.py pyproject.toml README.md build/fast/
+	@cp -r kvcore kvsim kvreal kvmove scenarios profiles docs tests *.md setup.py pyproject.toml Makefile build/fast/
 	cd build/fast && KVMOVE_COMPILE=1 ../../$(BIN)/python setup.py -q build_ext --inplace
 	cd build/fast && PYTHONPATH=$(CURDIR)/build/fast ../../$(BIN)/python -m kvmove --version
 	cd build/fast && PYTHONPATH=$(CURDIR)/build/fast ../../$(BIN)/python -m pytest -n $(JOBS) -m "not real" $(ARGS)
@@ -64,10 +64,10 @@ fast: $(VENV)/.stamp
 search: $(VENV)/.stamp
 	@$(BIN)/kvmove search $(ARGS)
 
-# Thousands of generated scenarios in both worlds; EXAMPLES=300 REAL=25 is what `make test` does.
+# Thousands of generated scenarios in both worlds; `make test` plays 340 and 25.
 compare-long: $(VENV)/.stamp
 	KVMOVE_EXAMPLES=$(or $(EXAMPLES),5000) KVMOVE_REAL_EXAMPLES=$(or $(REAL),300) \
-	  $(BIN)/python -m pytest tests/real/test_compare.py --timeout 7200 -s $(ARGS)
+	  $(BIN)/python -m pytest tests/compare -n $(JOBS) -o timeout=7200 $(ARGS)
 
 # Every scenario file on real processes, those too that wait long for a node to be found dead.
 scenarios-real: $(VENV)/.stamp

@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import pytest
@@ -32,6 +33,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("real") is not None:
                 item.add_marker(skip)
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Show what tests that generate scenarios say of them: the tables of what was covered, good or bad."""
+    for outcome in ("passed", "failed"):
+        for report in terminalreporter.stats.get(outcome, []):
+            if "tests/compare/" in report.nodeid and report.when == "call" and report.capstdout.strip():
+                terminalreporter.section(f"{report.nodeid.partition('::')[2]}: {outcome}")
+                terminalreporter.write_line(report.capstdout.strip("\n"))
 
 
 def children() -> dict[int, str]:
