@@ -27,6 +27,7 @@ from kvmove.cli import (
     scenario,
     search,
     swarm,
+    up,
 )
 from kvmove.errors import BAD_INPUT, GOOD, INTERRUPTED, line_for
 

@@ -12,7 +12,7 @@ from kvmove.errors import FAILED
 
 
 def events(
-    event_id: Annotated[str | None, typer.Argument(metavar="[EVENT]", help="All about this one.")] = None,
+    event_id: Annotated[str | None, typer.Argument(metavar="EVENT", help="All about this one.")] = None,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Show changes as they come, until Ctrl-C.")] = False,
     wait: Annotated[bool, typer.Option("--wait", "-w", help="With EVENT: return when it has ended.")] = False,
     state: Annotated[str | None, typer.Option("--state", help="Only those: copying, done, failed, ...")] = None,

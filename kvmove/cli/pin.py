@@ -54,7 +54,7 @@ def unpin(
 
 
 def lease(
-    position: Annotated[str | None, typer.Argument(metavar="[PLACE]", help="INSTANCE/LOCATION.")] = None,
+    position: Annotated[str | None, typer.Argument(metavar="PLACE", help="INSTANCE/LOCATION.")] = None,
     seconds: Annotated[float, typer.Option("--seconds", "-s", min=0.001, help="For so long from now.")] = 60.0,
     renew: Annotated[
         str | None, typer.Option("--renew", help="Instead of a place: an earlier lease.", metavar="EVENT")
