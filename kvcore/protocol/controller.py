@@ -25,7 +25,6 @@ from kvcore.protocol.machine import (
     Received,
     Send,
     TimerFired,
-    TimerName,
 )
 from kvcore.protocol.membership import Membership
 from kvcore.protocol.messages import (
@@ -70,7 +69,6 @@ class Controller(Machine):
         self.members: Membership = Membership(self.registry, self.moves, self.fanouts, self.timers, config)
         self.drains: Drains = Drains(self.registry, self.moves, config)
         self.on_message: Dict[Any, Callable[[int, str, Any, List[Effect]], None]] = {}
-        self.on_timer: Dict[str, Callable[[int, TimerName, List[Effect]], None]] = {}
         self.wire()
 
     def wire(self) -> None:
@@ -112,14 +110,8 @@ class Controller(Machine):
 
     def handle(self, now: int, item: Input) -> List[Effect]:
         out: List[Effect] = []
-        ran: List[TimerName] = []
         heap = self.timers.heap
-        if heap and heap[0][0] <= now and self.spec.config.rules.h37:
-            name = self.timers.pop_due(now)
-            while name is not None:
-                ran.append(name)
-                self.on_timer[name[0]](now, name, out)
-                name = self.timers.pop_due(now)
+        ran = bool(heap) and heap[0][0] <= now and self.spec.config.rules.h37 and self.run_due(now, out)
         kind = type(item)
         if kind is Received:
             message = item.msg  # type: ignore[union-attr]
@@ -129,11 +121,8 @@ class Controller(Machine):
             else:
                 out.append(Note("unexpected", 0, f"{type(message).__name__} from {item.src}"))  # type: ignore[union-attr]
         elif kind is TimerFired:
-            fired = item.name  # type: ignore[union-attr]
-            # One that was due has run already, and is armed again if it is periodic.
-            if fired not in ran and self.timers.armed(fired):
-                self.timers.cancel(fired)
-                self.on_timer[fired[0]](now, fired, out)
+            if not ran:  # else it has run, and may be armed again
+                self.fire(now, item.name, out)  # type: ignore[union-attr]
         elif kind is Boot:
             self.on_boot(now, item, out)  # type: ignore[arg-type]
         else:

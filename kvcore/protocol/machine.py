@@ -17,11 +17,14 @@
 
 from __future__ import annotations
 
-import heapq
-from typing import Dict, List, Optional, Tuple, Union
+from typing import Tuple, Union
 
 import msgspec
 
+from kvcore.protocol.base import Machine as Machine
+from kvcore.protocol.base import ProtocolError as ProtocolError
+from kvcore.protocol.base import TimerName as TimerName
+from kvcore.protocol.base import Timers as Timers
 from kvcore.protocol.messages import (
     Inc,
     Key,
@@ -33,9 +36,6 @@ from kvcore.protocol.messages import (
     SourceOutcome,
     Wire,
 )
-
-TimerName = Tuple[str, int, int]
-"""(kind, a, b): e.g. ("retry", event, 0)."""
 
 
 class Record(msgspec.Struct, frozen=True, gc=False, tag=True, omit_defaults=True, forbid_unknown_fields=True):
@@ -225,75 +225,3 @@ class Note(Record, frozen=True, gc=False):
 
 
 Effect = Union[Send, StartCopy, AbortCopy, StartFill, StartRead, CloseWindow, Journal, Note]
-
-
-# ---- timers ---------------------------------------------------------------------------------------------------------
-class Timers:
-    """Deadlines by name. Pulled, never pushed: the driver keeps one alarm a node, for ``next()``.
-
-    A heap with stale entries: setting or cancelling leaves the old entry where it is, and it is skipped when met.
-    Equal deadlines fire in the order in which they were set.
-    """
-
-    def __init__(self) -> None:
-        self.deadlines: Dict[TimerName, Tuple[int, int]] = {}
-        self.heap: List[Tuple[int, int, TimerName]] = []
-        self.count: int = 0
-
-    def set(self, name: TimerName, deadline_ns: int) -> None:
-        count = self.count = self.count + 1
-        self.deadlines[name] = (deadline_ns, count)
-        heapq.heappush(self.heap, (deadline_ns, count, name))
-        if len(self.heap) > 64 and len(self.heap) > 4 * len(self.deadlines):
-            self.heap = [(when, seq, timer) for timer, (when, seq) in self.deadlines.items()]
-            heapq.heapify(self.heap)
-
-    def cancel(self, name: TimerName) -> None:
-        self.deadlines.pop(name, None)
-
-    def armed(self, name: TimerName) -> bool:
-        return name in self.deadlines
-
-    def next(self) -> Optional[Tuple[int, TimerName]]:
-        """The earliest (deadline_ns, name), or None."""
-        heap = self.heap
-        deadlines = self.deadlines
-        while heap:
-            when, count, name = heap[0]
-            held = deadlines.get(name)
-            if held is not None and held[1] == count:
-                return when, name
-            heapq.heappop(heap)
-        return None
-
-    def pop_due(self, now: int) -> Optional[TimerName]:
-        """Take out the earliest timer whose deadline is <= now."""
-        heap = self.heap
-        deadlines = self.deadlines
-        while heap and heap[0][0] <= now:
-            _, count, name = heapq.heappop(heap)
-            held = deadlines.get(name)
-            if held is not None and held[1] == count:
-                del deadlines[name]
-                return name
-        return None
-
-
-class Machine:
-    """Base of controller, worker and client. A subclass fills ``on`` (by input type) and ``on_message`` (by message
-    type) and ``on_timer`` (by the timer's kind); a pair that is in neither table raises ProtocolError."""
-
-    def __init__(self) -> None:
-        self.timers: Timers = Timers()
-        self.out: List[Effect] = []
-
-    def handle(self, now: int, item: Input) -> List[Effect]:
-        raise NotImplementedError
-
-    def pending(self) -> List[str]:
-        """Why this machine is not quiet: one line a thing still open. Empty when quiet."""
-        raise NotImplementedError
-
-
-class ProtocolError(Exception):
-    """A (state, message) pair that the tables do not have. A bug in a machine or a driver, never a user's fault."""

@@ -92,7 +92,6 @@ class Worker(Machine):
         #: what a process without an epoch handles too; an engine needs no controller to store and use
         self.on_birth: Dict[Any, Callable[[int, str, Any, List[Effect]], None]] = {}
         self.on_input: Dict[Any, Callable[[int, Any, List[Effect]], None]] = {}
-        self.on_timer: Dict[str, Callable[[int, TimerName, List[Effect]], None]] = {}
         #: messages that carry an incarnation
         self.commands: Dict[Any, bool] = {}
         self.wire()
@@ -152,19 +151,14 @@ class Worker(Machine):
 
     def handle(self, now: int, item: Input) -> List[Effect]:
         out: List[Effect] = []
-        ran: List[TimerName] = []
         heap = self.timers.heap
-        if heap and heap[0][0] <= now and self.spec.config.rules.h37:
-            self._overdue(now, ran, out)
+        ran = bool(heap) and heap[0][0] <= now and self.spec.config.rules.h37 and self.run_due(now, out)
         kind = type(item)
         if kind is Received:
             self._received(now, item.src, item.msg, out)  # type: ignore[union-attr]
         elif kind is TimerFired:
-            name = item.name  # type: ignore[union-attr]
-            # One that was due has run already, and is armed again if it is periodic.
-            if name not in ran and self.timers.armed(name):
-                self.timers.cancel(name)
-                self.on_timer[name[0]](now, name, out)
+            if not ran:  # else it has run, and may be armed again
+                self.fire(now, item.name, out)  # type: ignore[union-attr]
         else:
             handler = self.on_input.get(kind)
             if handler is None:
@@ -175,14 +169,6 @@ class Worker(Machine):
                 # Before all else, so that whoever hears of a commit finds it in the view.
                 out.insert(0, Send(self.spec.controller, pool.delta()))
         return out
-
-    def _overdue(self, now: int, ran: List[TimerName], out: List[Effect]) -> None:
-        """Every deadline that has passed runs before the input: a paused node finds its leases ended (H37)."""
-        name = self.timers.pop_due(now)
-        while name is not None:
-            ran.append(name)
-            self.on_timer[name[0]](now, name, out)
-            name = self.timers.pop_due(now)
 
     def _received(self, now: int, src: str, m: Any, out: List[Effect]) -> None:
         kind = type(m)
