@@ -129,7 +129,8 @@ class Walk:
         return self.start(f"{file}-{port}", argv, env)
 
     def curl(self, text: str) -> Any:
-        done = subprocess.run(["bash", "-c", self.here(text).replace("curl ", "curl -sS ")], capture_output=True, check=True)
+        quiet = self.here(text).replace("curl ", "curl -sS ")
+        done = subprocess.run(["bash", "-c", quiet], capture_output=True, check=True)
         return json.loads(done.stdout)
 
     def url(self, port: int) -> str:
