@@ -23,6 +23,7 @@ from kvreal.http.app import MAX_BODY_BYTES, create_app
 from kvreal.http.events import EventLog, Keeper
 from kvreal.http.face import Face
 from kvreal.http.face import Settings as FaceSettings
+from kvreal.http.watching import watching
 from kvreal.service import JournalLike, Service
 
 log = logging.getLogger("kvmove.controller")
@@ -68,7 +69,7 @@ class Opened(msgspec.Struct, frozen=True, kw_only=True):
     curve: Any = None
     auth_dependency: Any = None
     routers: Tuple[Callable[[Face], Any], ...] = ()
-    """Each makes a router (the page, the metrics)."""
+    """Each makes a router, beside those of the page and the metrics."""
 
 
 class Server(uvicorn.Server):
@@ -106,6 +107,7 @@ class ReplySocket:
         except zmq.ZMQError as error:
             raise ControllerError(f"cannot listen at {bind}: {error.strerror or error}") from error
         self.port: int = int(self.sock.getsockopt_string(zmq.LAST_ENDPOINT).rpartition(":")[2])
+        network.others.append(self.sock)
         self.about: Callable[[], Dict[str, Any]] = about
 
     def start(self) -> None:
@@ -159,6 +161,9 @@ class ControllerProcess:
         keeper: Optional[Keeper] = opened.keeper
         self.log: EventLog = EventLog(self.service.machine, keeper)  # type: ignore[arg-type]
         self.face: Face = Face(self.service, self.log, settings.face)
+        # Before the machine's first step, so that those who watch see all of them.
+        self.routers: List[Any] = watching(self.face, opened.auth_dependency)
+        self.routers += [make(self.face) for make in opened.routers]
         self.server: Optional[Server] = None
         self.status: int = GOOD
 
@@ -175,7 +180,7 @@ class ControllerProcess:
         app = create_app(
             self.face,
             auth_dependency=self.opened.auth_dependency,
-            routers=[make(self.face) for make in self.opened.routers],
+            routers=self.routers,
             max_body_bytes=self.settings.max_body_bytes,
         )
         config = uvicorn.Config(
