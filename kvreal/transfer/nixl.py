@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import glob
 import importlib
+import os
 import select
 import socket
 import threading
@@ -45,7 +46,12 @@ Descriptors = npt.NDArray[np.uint64]
 
 
 def load_nixl() -> Any:
-    """NIXL's Python API. Its chooser imports torch to ask for a CUDA version (0.6 s): without a GPU there is none."""
+    """NIXL's Python API. Its chooser imports torch to ask for a CUDA version (0.6 s): without a GPU there is none.
+
+    UCX's shared-memory message lanes cannot tell that a peer has failed, so NIXL never uses them; left on, they make
+    segments, and a process that is killed at that moment leaves one behind.
+    """
+    os.environ.setdefault("UCX_TLS", "^posix,sysv")
     if not glob.glob("/dev/nvidia[0-9]*"):
         for name in ("nixl_cu13", "nixl_cu12"):
             with contextlib.suppress(ImportError):
