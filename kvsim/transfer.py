@@ -95,10 +95,14 @@ class Transfers:
         if not self.watching:
             self.watching = True
             cluster.loop.at(at_ns + cluster.copy_max_ns, self._watch)
+        fate: Optional[CopyFate] = None
+        if cluster.plan_active:
+            fate = transfer.fate = cluster.plan.copy(cluster.loop.now_ns, owner.name, effect)
         if peer.epoch() != effect.peer_epoch or not peer.alive or peer.closed:
             refused = self._refusal(transfer)
             if refused:
-                cluster.loop.at(at_ns + cluster.profile.peer_death_ns, self._fail, transfer, refused)
+                late_ns = cluster.profile.peer_death_ns + (fate.delay_ns if fate is not None else 0)
+                cluster.loop.at(at_ns + late_ns, self._fail, transfer, refused)
                 return
         if effect.read:
             owner.memory.tear(effect.location, effect.slots)
@@ -107,8 +111,6 @@ class Transfers:
             peer.memory.tear(effect.peer_location, effect.peer_slots)
             path = cluster.network.path(owner.site, effect.location, peer.site, effect.peer_location)
         transfer.path = path
-        if cluster.plan_active:
-            transfer.fate = cluster.plan.copy(cluster.loop.now_ns, owner.name, effect)
         if peer.paused:
             transfer.knocking = True
         else:
