@@ -103,6 +103,8 @@ class Endpoints:
         self.address: str = endpoint_of(address or bound)
         self.names: Set[str] = {self.address, *aliases}
         self.peers: Dict[str, Tuple[Any, bytes]] = {}
+        #: sockets of others in this context, closed with it
+        self.others: List[Any] = []
         #: messages to faces
         self.local: Callable[[str, Wire], None] = lambda dst, message: None
         self.counters: Dict[str, int] = {
@@ -224,7 +226,8 @@ class Endpoints:
         for sock, _ in self.peers.values():
             sock.close(linger=1000)
         self.peers = {}
-        self.pull.close(linger=0)
+        for sock in (self.pull, *self.others):
+            sock.close(linger=0)
         self.context.term()
 
     def close(self) -> None:

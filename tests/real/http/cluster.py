@@ -1,4 +1,4 @@
-"""A real controller process and real workers (their own sockets, memory and TCP transfers, in this process) for tests."""
+"""For tests: a real controller process, and real workers in this one, with sockets and memory of their own."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ from kvreal.transfer import make
 ROOT = Path(__file__).resolve().parents[3]
 CPU = "LocalCPUBackend"
 QUICK = Config(
-    retry_ns=60 * MS, lease_ns=900 * MS, renew_ns=300 * MS, retain_ns=2700 * MS, stop_retry_ns=100 * MS, beat_ns=100 * MS,
-    dead_ns=700 * MS, release_give_up_ns=1100 * MS, copy_max_ns=5000 * MS, deadline_ns=10_000 * MS,
+    retry_ns=60 * MS, lease_ns=900 * MS, renew_ns=300 * MS, retain_ns=2700 * MS, stop_retry_ns=100 * MS,
+    beat_ns=100 * MS, dead_ns=700 * MS, release_give_up_ns=1100 * MS, copy_max_ns=5000 * MS, deadline_ns=10_000 * MS,
 )  # fmt: skip
 NAMESPACE = Namespace(bytes_per_token=512, chunk_tokens=64)
 T = TypeVar("T")
@@ -161,7 +161,12 @@ class Workers:
         return asyncio.run_coroutine_threadsafe(what, self.loop).result(30)
 
     def add(
-        self, instance: str, ranks: int = 1, namespace: Namespace = NAMESPACE, slots: int = 64, places: Sequence[str] = (CPU,)
+        self,
+        instance: str,
+        ranks: int = 1,
+        namespace: Namespace = NAMESPACE,
+        slots: int = 64,
+        places: Sequence[str] = (CPU,),
     ) -> None:
         space = Namespace(
             namespace.model, namespace.weights, namespace.dtype, namespace.kv_layout, namespace.chunk_tokens, ranks,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
 import subprocess
@@ -23,7 +24,7 @@ TOKENS = list(range(1000, 1200))  # three chunks of 64 tokens and one of 8
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """One controller and three instances: a, b, and one of two ranks, for all tests here. Each has prompts of its own."""
+    """One controller and its instances, for all tests here: each test has prompts of its own."""
     found = cluster(tmp_path_factory.mktemp("controller"))
     try:
         found.workers.add("a", places=(CPU, "LocalDiskBackend"))
@@ -283,7 +284,8 @@ def test_a_lease_is_kept_renewed_and_ended(shared: Cluster) -> None:
 def test_a_lease_that_is_not_renewed_ends_by_itself(shared: Cluster) -> None:
     tokens = prompt(21_500)
     shared.stored("a", tokens)
-    name = shared.controller.post("/lease", instance_id="a", location=CPU, tokens=tokens, seconds=0.3).json()["event_id"]
+    answer = shared.controller.post("/lease", instance_id="a", location=CPU, tokens=tokens, seconds=0.3)
+    name = answer.json()["event_id"]
     event = shared.controller.ended(name)
     assert (event["state"], event["reason"]) == ("done", "lapsed")
 
@@ -352,18 +354,35 @@ def test_bodies_are_bounded(shared: Cluster) -> None:
         for _ in range(20):
             yield b" " * (1 << 20)
 
-    try:
+    with contextlib.suppress(httpx.WriteError):  # it may hang up before all of it was sent
         assert shared.controller.http.post("/lookup", content=endless()).status_code == 413
-    except httpx.WriteError:
-        pass  # it hung up before all of it was sent, as it may
     assert shared.controller.http.get("/readyz").status_code == 200
 
 
 def test_the_openapi_document_names_every_route(shared: Cluster) -> None:
     document = shared.controller.http.get("/openapi.json").json()
-    wanted = """/move /lookup /pin /unpin /lease /drain /clear /compress /decompress /health /query_instance
-    /query_worker_info /check_finish /events /events/{event_id} /events/{event_id}/wait /instances /healthz /readyz
-    /stream""".split()
+    wanted = [
+        "/move",
+        "/lookup",
+        "/pin",
+        "/unpin",
+        "/lease",
+        "/drain",
+        "/clear",
+        "/compress",
+        "/decompress",
+        "/health",
+        "/query_instance",
+        "/query_worker_info",
+        "/check_finish",
+        "/events",
+        "/events/{event_id}",
+        "/events/{event_id}/wait",
+        "/instances",
+        "/healthz",
+        "/readyz",
+        "/stream",
+    ]
     assert set(wanted) <= set(document["paths"])
     assert document["paths"]["/move"]["post"]["requestBody"]["content"]["application/json"]["schema"] == {
         "$ref": "#/components/schemas/MoveBody"
@@ -402,7 +421,8 @@ def test_prior_art_17_malformed_frames_change_nothing(shared: Cluster) -> None:
         sock.setsockopt(zmq.LINGER, 1000)
         sock.connect(f"tcp://127.0.0.1:{shared.controller.pull}")
         header = msgspec.msgpack.encode(["kvmove", "127.0.0.1:1", f"127.0.0.1:{shared.controller.pull}"])
-        for frames in ([b""], [b"x", b"y", b"z"], [header, b"\x93"], [header, b"\x81\xa4type\xa7Unknown"], [b"\xc1", b"\xc1"]):
+        bad = ([b""], [b"x", b"y", b"z"], [header, b"\x93"], [header, b"\x81\xa4type\xa7Unknown"], [b"\xc1", b"\xc1"])
+        for frames in bad:
             sock.send_multipart(frames)
     shared.stored("a", tokens)
     errors = (shared.controller.folder / "controller.err").read_text()

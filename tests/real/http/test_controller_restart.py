@@ -1,0 +1,243 @@
+"""SIGKILL of the controller, at every effect of a move and in between: every answer stays true, and nothing is lost."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from pathlib import Path
+from typing import Dict, Iterator, List, Tuple
+
+import httpx
+import pytest
+
+from tests.real.http.cluster import CPU, Cluster, Controller, Workers, cluster, eventually
+
+pytestmark = pytest.mark.real
+DYING = str(Path(__file__).with_name("dying.py"))
+
+
+@pytest.fixture
+def two(tmp_path: Path) -> Iterator[Cluster]:
+    found = cluster(tmp_path)
+    try:
+        found.workers.add("a")
+        found.workers.add("b")
+        found.known("a", "b")
+        yield found
+    finally:
+        found.close()
+
+
+def prompt(first: int, count: int = 200) -> List[int]:
+    return list(range(first, first + count))
+
+
+def test_events_instances_and_keys_survive_a_sigkill(two: Cluster) -> None:
+    controller = two.controller
+    tokens = prompt(0)
+    two.stored("a", tokens)
+    done = controller.move("a", "b", tokens, idempotency_key="k").json()
+    before = controller.ended(done["event_id"])
+    failed = controller.move("a", "b", prompt(500)).json()["event_id"]
+    lease = controller.post("/lease", instance_id="b", location=CPU, tokens=tokens, seconds=60).json()["event_id"]
+    controller.kill()
+    line = controller.start()
+    assert "incarnation 2" in line
+    after = controller.event(done["event_id"])
+    assert (after["state"], after["num_tokens"]) == ("done", 200)
+    for field in ("old_position", "new_positions", "transport", "idempotency_key"):
+        assert after[field] == before[field]
+    event = controller.event(failed)
+    assert (event["state"], event["reason"]) == ("failed", "nothing_held")
+    assert controller.event(lease)["state"] == "held"
+    # Before the workers have been heard again nobody is told that they are unknown.
+    again = controller.move("a", "b", tokens, idempotency_key="k")
+    assert (again.status_code, again.json()) == (200, done)
+    two.known("a", "b")
+    eventually(lambda: controller.held(tokens) == {"b": 200}, 20, "the view is whole again")
+    assert controller.post("/unpin", event_id=lease).status_code == 200
+    new = controller.ended(controller.move("b", "a", tokens).json()["event_id"])
+    assert new["event_id"].startswith("2-")
+    assert new["state"] == "done"
+    assert two.workers.use("a", tokens) == 200
+
+
+def test_an_instance_not_heard_since_a_restart_is_503_then_404(two: Cluster) -> None:
+    controller = two.controller
+    two.workers.remove("b")
+    controller.kill()
+    controller.start("--set=dead=2 s")
+    answer = controller.move("a", "b", prompt(0))
+    assert (answer.status_code, answer.json()["reason"]) == (503, "not_ready")
+    assert answer.headers["retry-after"]
+    eventually(lambda: controller.move("a", "b", prompt(0)).status_code == 404, 20, "it is not waited for any more")
+
+
+def test_an_instance_that_restarts_is_a_new_epoch_and_its_move_fails(two: Cluster) -> None:
+    controller = two.controller
+    (first,) = [one for one in controller.http.get("/instances").json()["instances"] if one["instance_id"] == "b"]
+    two.workers.remove("b")
+    eventually(lambda: controller.instances() == ["a"], 20, "the dead one is out")
+    two.workers.add("b")
+    two.known("b")
+    (second,) = [one for one in controller.http.get("/instances").json()["instances"] if one["instance_id"] == "b"]
+    assert first["ranks"][0]["epoch"] != second["ranks"][0]["epoch"]
+
+
+def test_a_deadline_is_504_and_a_lost_destination_is_409(two: Cluster) -> None:
+    controller = two.controller
+    tokens = prompt(0)
+    two.stored("a", tokens)
+    two.workers.run(two.workers.ranks["b"][0].stop())  # believed for dead_ns more
+    answer = controller.move("a", "b", tokens, deadline_s=0.2)
+    assert (answer.status_code, answer.json()["reason"]) == (504, "deadline"), answer.text
+    two.workers.ranks.pop("b")
+    assert two.workers.use("a", tokens) == 200
+    two.workers.add("c")
+    two.known("c")
+    two.workers.run(two.workers.ranks["c"][0].stop())
+    answer = controller.move("a", "c", tokens)
+    assert (answer.status_code, answer.json()["reason"]) == (409, "destination_dead"), answer.text
+    assert answer.json()["event_id"]
+    two.workers.ranks.pop("c")
+    eventually(lambda: not two.workers.pending(), 20, "nothing is left over")
+
+
+def test_a_move_that_waits_can_be_cancelled(two: Cluster) -> None:
+    controller = two.controller
+    tokens = prompt(0)
+    two.stored("a", tokens)
+    two.workers.run(two.workers.ranks["b"][0].stop())
+    two.workers.ranks.pop("b")
+    found: List[httpx.Response] = []
+    thread = threading.Thread(target=lambda: found.append(controller.move("a", "b", tokens)))
+    thread.start()
+    (event,) = eventually(lambda: controller.http.get("/events").json()["events"])
+    name = event["event_id"]
+    answer = controller.http.delete(f"/events/{name}")
+    assert (answer.status_code, answer.headers["kvmove-reason"]) == (200, "cancelled")
+    thread.join(10)
+    assert (found[0].status_code, found[0].json()["reason"]) == (409, "cancelled")
+    assert found[0].json()["event_id"] == name
+    assert two.workers.use("a", tokens) == 200
+
+
+def test_drain_spreads_an_instance_over_others_as_one_event(tmp_path: Path) -> None:
+    found = cluster(tmp_path)
+    controller = found.controller
+    try:
+        for name in ("a", "b", "c"):
+            found.workers.add(name, places=(CPU, "LocalDiskBackend"))
+        found.known("a", "b", "c")
+        hot = [prompt(first, 64) for first in range(0, 600, 100)]
+        for tokens in hot:
+            found.stored("a", tokens)
+        assert found.workers.store("a", prompt(900, 64), "LocalDiskBackend") == 64
+        eventually(lambda: controller.held(prompt(900, 64)).get("a") == 64)
+        answer = controller.post("/drain", instance_id="a", to=["b", "c"], idempotency_key="d")
+        assert answer.status_code == 200, answer.text
+        assert answer.json()["num_tokens"] == 7 * 64
+        event = controller.ended(answer.json()["event_id"])
+        assert (event["kind"], event["state"], event["num_tokens"]) == ("drain", "done", 7 * 64)
+        assert len(event["children"]) == 2
+        where = [next(iter(controller.held(tokens))) for tokens in hot]
+        assert sorted(where) == ["b"] * 3 + ["c"] * 3
+        assert all(found.workers.use(at, tokens) == 64 for at, tokens in zip(where, hot))
+        again = controller.post("/drain", instance_id="a", to=["b", "c"], idempotency_key="d")
+        assert again.json() == answer.json()
+        assert controller.post("/check_finish", event_id=answer.json()["event_id"]).json()["status"] == "done"
+        for body, code in (
+            ({"instance_id": "a", "to": ["a"]}, 422),
+            ({"instance_id": "x", "to": ["a"]}, 404),
+            ({"instance_id": "a", "to": ["x"]}, 404),
+            ({"instance_id": "a", "to": ["b"], "locations": ["L9"]}, 404),
+            ({"instance_id": "a", "to": []}, 422),
+        ):
+            assert controller.post("/drain", **body).status_code == code
+    finally:
+        found.close()
+
+
+@pytest.mark.timeout(300)
+def test_prior_art_06_sigkill_at_every_effect_of_a_move(tmp_path: Path) -> None:
+    """One cluster, a move a death: after each the event has ended, its answer is true, and every byte is somewhere."""
+    controller = Controller(tmp_path, program=(DYING, "controller"))
+    workers = Workers(f"127.0.0.1:{controller.pull}")
+    found = Cluster(controller, workers)
+    died_after: List[Tuple[int, str]] = []
+    states: Dict[str, int] = {}
+    note = tmp_path / "died-after"
+    try:
+        controller.start(env={"KVMOVE_DIE_AT": "0", "KVMOVE_DIE_AFTER": str(note)})
+        workers.add("a")
+        workers.add("b")
+        found.known("a", "b")
+        for at in range(1, 20):
+            tokens = prompt(at * 1000)
+            assert workers.store("a", tokens) == 200
+            controller.kill()
+            # The questions of `held` count too: one answer each.
+            controller.start(env={"KVMOVE_DIE_AT": str(at), "KVMOVE_DIE_AFTER": str(note)})
+            found.known("a", "b")
+            eventually(lambda: workers.run(_epochs(workers)), 20)
+            note.unlink(missing_ok=True)
+            answer = _moved(controller, tokens, f"key-{at}")
+            if answer is not None:
+                with contextlib.suppress(httpx.TransportError):
+                    controller.ended(answer.json()["event_id"])
+            if not note.exists():
+                assert answer is not None
+                break
+            died_after.append((at, note.read_text()))
+            assert controller.process is not None
+            controller.process.wait(20)
+            controller.start(env={"KVMOVE_DIE_AT": "0", "KVMOVE_DIE_AFTER": str(note)})
+            found.known("a", "b")
+            event = _after(controller, tokens, at, answer)
+            states[event["state"]] = states.get(event["state"], 0) + 1
+            here = {name: workers.use(name, tokens) for name in ("a", "b")}
+            assert max(here.values()) == 200, (at, died_after[-1], here, event)
+            if event["state"] == "failed":
+                assert here["a"] == 200, (at, died_after[-1], here, event)
+            else:
+                assert here["b"] == 200, (at, died_after[-1], here, event)
+            eventually(lambda: not workers.pending(), 20, f"{workers.pending()} after {died_after[-1]}")
+            there = {name: count for name, count in here.items() if count}
+            eventually(lambda tokens=tokens, there=there: controller.held(tokens) == there, 20)  # type: ignore[misc]
+        kinds = [kind for _, kind in died_after]
+        assert kinds[0] == "Begin"
+        for kind in ("Pin", "Fetch", "Answer", "Decide", "Release", "Outcome"):
+            assert kind in kinds, kinds
+        assert set(states) == {"done", "failed"}, states
+    finally:
+        found.close()
+
+
+async def _epochs(workers: Workers) -> bool:
+    services = [service for ranks in workers.ranks.values() for service in ranks]
+    return all(service.machine.epoch for service in services)  # type: ignore[attr-defined]
+
+
+def _moved(controller: Controller, tokens: List[int], key: str) -> httpx.Response | None:
+    """None: it died before it answered."""
+    try:
+        answer = controller.move("a", "b", tokens, idempotency_key=key)
+    except httpx.TransportError:
+        return None
+    assert answer.status_code == 200, answer.text
+    return answer
+
+
+def _after(controller: Controller, tokens: List[int], at: int, answer: httpx.Response | None) -> Dict[str, object]:
+    """The event as the next life knows it, which must agree with what was answered before."""
+    events = controller.http.get("/events").json()["events"]
+    (name,) = [event["event_id"] for event in events if event.get("idempotency_key") == f"key-{at}"]
+    if answer is not None:
+        assert answer.json() == {"num_tokens": 200, "event_id": name}
+    event = controller.ended(name)
+    again = controller.move("a", "b", tokens, idempotency_key=f"key-{at}")
+    if event["state"] == "done":
+        assert (again.status_code, again.json()) == (200, {"num_tokens": 200, "event_id": name})
+    else:
+        assert (again.status_code, again.json()["reason"]) == (409, "controller_restarted")
+    return event
