@@ -1,81 +1,158 @@
-"""Logs: for people on a terminal, JSON lines in a pipe. Every line can carry event, node and epoch."""
+"""Logs: words for people on a terminal, a JSON object a line in a pipe (or as ``KVMOVE_LOG`` says: json or human).
+
+Every line names the node that says it and, where there is one, its life (``epoch``: a controller's incarnation, a
+worker's epoch) and the ``event`` that it is about. ``peer`` and ``peer_epoch``: the process that it is about.
+"""
 
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import time
-from typing import Any, Dict, Final, List, TextIO
+from typing import Any, Callable, Dict, Final, List, Optional, TextIO
 
 import msgspec
 
 from kvcore.protocol import machine as m
-from kvcore.protocol.messages import event_name
+from kvcore.protocol.messages import MoveRequest, PinRequest, event_name
 
-FIELDS: Final = ("event", "node", "epoch")
+FIELDS: Final = ("event", "node", "epoch", "peer", "peer_epoch")
+LIVES: Final = frozenset({"registered", "expelled", "believed", "dead"})
+"""Notes whose number is an epoch, not an event."""
 log = logging.getLogger("kvmove.events")
 
 
 class _Lines(logging.Formatter):
+    """``always``: what each line of this process says of itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.always: Dict[str, str] = {}
+
+    def fields(self, record: logging.LogRecord) -> Dict[str, str]:
+        found: Dict[str, str] = {}
+        for name in FIELDS:
+            value = getattr(record, name, None) or self.always.get(name)
+            if value:
+                found[name] = str(value)
+        return found
+
     def format(self, record: logging.LogRecord) -> str:
         line: Dict[str, Any] = {
             "t": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03d}Z",
             "level": record.levelname.lower(),
+            "logger": record.name,
             "what": record.getMessage(),
+            **self.fields(record),
         }
-        for name in FIELDS:
-            value = getattr(record, name, None)
-            if value:
-                line[name] = value
         if record.exc_info:
             line["error"] = self.formatException(record.exc_info)
         return msgspec.json.encode(line).decode()
 
 
-class _Words(logging.Formatter):
+class _Words(_Lines):
     def format(self, record: logging.LogRecord) -> str:
-        about = " ".join(f"{name}={value}" for name in FIELDS if (value := getattr(record, name, None)))
+        about = " ".join(f"{name}={value}" for name, value in self.fields(record).items())
         when = time.strftime("%H:%M:%S", time.localtime(record.created))
-        text = f"{when} {record.levelname.lower():7} {record.getMessage()}{'  ' + about if about else ''}"
+        level = "" if record.levelno == logging.INFO else f"{record.levelname.lower()}: "
+        text = f"{when} {level}{record.getMessage()}{'  ' + about if about else ''}"
         return f"{text}\n{self.formatException(record.exc_info)}" if record.exc_info else text
 
 
-def configure(level: int = logging.INFO, stream: TextIO = sys.stderr) -> None:
+def configure(level: int = logging.INFO, stream: Optional[TextIO] = None) -> None:
+    """Log to ``stream`` (stderr) from now on, in place of wherever logs went before."""
+    stream = sys.stderr if stream is None else stream
+    wanted = os.environ.get("KVMOVE_LOG", "")
+    words = wanted == "human" if wanted in ("human", "json") else stream.isatty()
     handler = logging.StreamHandler(stream)
-    handler.setFormatter(_Words() if stream.isatty() else _Lines())
+    handler.setFormatter(_Words() if words else _Lines())
     logging.basicConfig(level=level, handlers=[handler], force=True)
-    for noisy in ("uvicorn.access", "httpx", "httpcore"):
+    for noisy in ("uvicorn", "httpx", "httpcore", "asyncio"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+
+
+def always(**fields: str) -> None:
+    """What each later line of this process says of itself: node, epoch."""
+    for handler in logging.getLogger().handlers:
+        if isinstance(handler.formatter, _Lines):
+            handler.formatter.always.update(fields)
 
 
 class StepLog:
     """A service's listener: says what became of each event, and what the protocol remarked."""
 
-    def __init__(self, node: str) -> None:
+    def __init__(self, node: str, who: Callable[[str], str] = lambda address: "") -> None:
+        """``who``: the instance and rank at an address, if that is known."""
         self.node: str = node
         self.epoch: str = ""
+        self.who: Callable[[str], str] = who
+        #: address -> who is there, for when that is not known any more
+        self.names: Dict[str, str] = {}
+        always(node=node)
 
     def step(self, now: int, item: m.Input, effects: List[m.Effect]) -> None:
         for effect in effects:
             if isinstance(effect, m.Journal):
                 self._journaled(effect.record)
-            elif isinstance(effect, m.Note) and effect.kind != "decided":
-                if effect.kind == "registered":
-                    self.epoch = event_name(effect.event)
-                self._say(f"{effect.kind} {effect.detail}".strip(), effect.event)
+            elif isinstance(effect, m.Note):
+                self._noted(effect)
+
+    def _lives(self, epoch: str) -> None:
+        self.epoch = epoch
+        always(epoch=epoch)
+
+    def _noted(self, note: m.Note) -> None:
+        if note.kind == "decided" or not log.isEnabledFor(logging.INFO):
+            return  # the journal's record says more
+        if note.kind == "registered":
+            self._lives(event_name(note.event))
+            self._say("registered")
+        elif note.kind == "expelled":
+            self._say("expelled: this epoch is over", level=logging.WARNING)
+        elif note.kind in LIVES:
+            here = note.kind == "believed"
+            if here:
+                self.names[note.detail] = self.who(note.detail) or note.detail
+            who = self.names.get(note.detail, note.detail) if here else self.names.pop(note.detail, note.detail)
+            text = f"{who} {'is here' if here else 'is not heard any more'}"
+            level = logging.INFO if here else logging.WARNING
+            self._say(text, peer=note.detail, peer_epoch=event_name(note.event), level=level)
+        elif note.kind == "register_refused":
+            self._say(f"refused to register: {note.detail}", level=logging.WARNING)
+        elif note.kind in ("stale_epoch", "stale_incarnation", "unexpected"):
+            level = logging.WARNING if note.kind == "unexpected" else logging.INFO
+            self._say(f"{note.kind.replace('_', ' ')}: {note.detail}", note.event, level=level)
+        else:
+            self._say(f"{note.kind.replace('_', ' ')} {note.detail}".strip(), note.event)
 
     def _journaled(self, record: m.JournalRecord) -> None:
         if isinstance(record, m.Incarnation):
-            self.epoch = str(record.incarnation)
+            self._lives(str(record.incarnation))
+            self._say("started")
+        elif not log.isEnabledFor(logging.INFO):
+            return
         elif isinstance(record, m.Begin):
-            self._say("begun", record.event)
+            self._say(f"begun: {_asked(record.request)}", record.event)
         elif isinstance(record, m.Decide):
             self._say(f"decided: {record.num_tokens} tokens", record.event)
         elif isinstance(record, m.Outcome):
             why = f" ({record.reason})" if record.reason else ""
             via = f" by {record.via}" if record.via else ""
-            self._say(f"{record.state}{why}: {record.num_tokens} tokens{via}", record.event)
+            detail = f": {record.detail}" if record.detail else ""
+            self._say(f"{record.state}{why}: {record.num_tokens} tokens{via}{detail}", record.event)
 
-    def _say(self, text: str, event: int) -> None:
-        about = {"node": self.node, "epoch": self.epoch, "event": event_name(event) if event else ""}
-        log.info(text, extra=about)
+    def _say(self, text: str, event: int = 0, *, level: int = logging.INFO, **peer: str) -> None:
+        about = {"node": self.node, "epoch": self.epoch, "event": event_name(event) if event else "", **peer}
+        log.log(level, "%s", text, extra=about)
+
+
+def _asked(request: Any) -> str:
+    if isinstance(request, MoveRequest):
+        what = "copy" if request.copy else "move"
+        much = f"{sum(request.lens)} tokens" if request.keys else "all"
+        to = ", ".join("/".join(place) for place in (request.dst, *request.also))
+        return f"{what} {much} from {'/'.join(request.src)} to {to}"
+    if isinstance(request, PinRequest):
+        return f"pin {sum(request.lens)} tokens at {'/'.join(request.position)}"
+    return type(request).__name__

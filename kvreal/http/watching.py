@@ -10,10 +10,18 @@ from kvreal.http import metrics, page
 from kvreal.http.app import AuthDependency
 from kvreal.http.face import Face
 from kvreal.logs import StepLog
+from kvreal.tracing import tracing
 
 
 def watching(face: Face, auth: Optional[AuthDependency]) -> List[APIRouter]:
     """Begin to watch; returns the routes that show it. To be called before the service starts."""
-    face.service.listeners.append(StepLog(face.service.network.address).step)
+    node = face.service.network.address
+    face.service.listeners.append(StepLog(node, lambda address: _who(face, address)).step)
+    tracing(node, face.log)
     allowed: List[Any] = [Depends(auth("read"))] if auth is not None else []
     return [page.router(), metrics.router(metrics.Metrics(face.service, face.log), allowed)]
+
+
+def _who(face: Face, address: str) -> str:
+    rank = face.machine.registry.by_address.get(address)
+    return f"{rank.register.instance} rank {rank.register.rank}" if rank is not None else ""
