@@ -1,0 +1,167 @@
+"""An instance as processes: two ranks, one of them killed; a taken port; a whole topology by ``kvmove up``."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("fastapi")
+pytest.importorskip("zmq")
+
+import httpx
+
+from tests.conftest import children
+from tests.real.http.processes import Command, commands, free_ports, until
+
+pytestmark = [pytest.mark.real, pytest.mark.timeout(180)]
+
+TWO_RANKS = """\
+chunk_size: 16
+enable_controller: true
+lmcache_instance_id: tp2
+controller_pull_url: localhost:{pull}
+kvmove: {{bytes_per_token: 4 KiB, ranks: 2, locations: {{LocalCPUBackend: 1 MiB}}, transport: tcp}}
+"""
+TOPOLOGY = """\
+name: two of two ranks
+kv: {bytes_per_token: 4 KiB, chunk: 16 tokens}
+constants: {beat: 200 ms, dead: 1 s}
+instances:
+  a: {ranks: 2, locations: {LocalCPUBackend: 1 MiB, LocalDiskBackend: 1 MiB}}
+  b: {ranks: 2, locations: {LocalCPUBackend: 1 MiB, LocalDiskBackend: 1 MiB}}
+"""
+
+
+def complete(port: int, prompt: object) -> int:
+    answer = httpx.post(f"http://localhost:{port}/v1/completions", json={"prompt": prompt}, timeout=60)
+    assert answer.status_code == 200, answer.text
+    cached: int = answer.json()["usage"]["prompt_tokens_details"]["cached_tokens"]
+    return cached
+
+
+def ranks_of(pid: int) -> list[int]:
+    """The processes that a process has started."""
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def gone(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except OSError:
+        return True
+
+
+def test_two_ranks_store_and_use_and_end_together(tmp_path: Path) -> None:
+    port, pull = free_ports(2)
+    (tmp_path / "i.yaml").write_text(TWO_RANKS.format(pull=pull))
+    with commands(tmp_path) as start:
+        one = start("one", ["instance", "--config", "i.yaml", "--port", str(port)])
+        one.until_says("2 ranks")  # there is no controller: an engine needs none
+        prompt = list(range(40))
+        assert complete(port, prompt) == 0 and complete(port, prompt) == 40
+        (rank,) = ranks_of(one.process.pid)
+        os.kill(rank, signal.SIGKILL)
+        assert one.until_ends() == 1
+        assert "rank 1 has ended with status -9" in one.text() and "Traceback" not in one.text()
+        two = start("two", ["instance", "--config", "i.yaml", "--port", str(port)])
+        two.until_says("2 ranks")
+        assert complete(port, prompt) == 0  # a new life holds nothing of the old one
+        (rank,) = ranks_of(two.process.pid)
+        two.process.kill()
+        two.until_ends()
+        until(lambda: gone(rank), lambda: "rank 1 outlived rank 0", 10)
+
+
+def test_what_cannot_start_is_one_line(tmp_path: Path) -> None:
+    port, pull = free_ports(2)
+    (tmp_path / "i.yaml").write_text(TWO_RANKS.format(pull=pull))
+    (tmp_path / "bad.yaml").write_text("enable_controler: true\n")
+    cases = [
+        (["--config", "bad.yaml"], "bad.yaml:1:1: enable_controler: unknown key 'enable_controler'"),
+        (["--config", "missing.yaml"], "missing.yaml"),
+        ([], "KVMOVE_CONFIG_FILE"),
+        (["--config", "i.yaml", "--host", "0.0.0.0"], "--api-key-file"),
+        (["--config", "i.yaml", "--engine", "other"], "expected one of synthetic"),
+        (["--config", "i.yaml", "--port", str(port)], f"cannot listen at localhost:{port}"),
+    ]
+    with commands(tmp_path) as start:
+        holder = start("holder", ["instance", "--config", "i.yaml", "--port", str(port)])
+        holder.until_says("2 ranks")
+        running = [(start(f"case{n}", ["instance", *argv]), says) for n, (argv, says) in enumerate(cases)]
+        for one, says in running:
+            assert one.until_ends() == 2, one.text()
+            assert len(one.text().strip().splitlines()) == 1 and says in one.text(), one.text()
+        assert holder.stop() == 0
+
+
+def up(tmp_path: Path, start: object) -> tuple[Command, int, int]:
+    (tmp_path / "t.yaml").write_text(TOPOLOGY)
+    port, a = free_ports(2)
+    argv = ["up", "t.yaml", "--port", str(port), "--instance-port", "0", "--pull-port", "0", "--reply-port", "0"]
+    one: Command = start("up", [*argv, "--transport", "tcp"])  # type: ignore[operator]
+    one.until_says("up: http://")
+    return one, port, a
+
+
+def test_up_starts_a_topology_and_ctrl_c_ends_it_cleanly(tmp_path: Path) -> None:
+    with commands(tmp_path) as start:
+        one, port, _ = up(tmp_path, start)
+        lines = one.text().splitlines()
+        assert [line.split(":")[0] for line in lines if "http://" in line] == ["controller", *sorted_names(lines), "up"]
+        instances = httpx.get(f"http://localhost:{port}/instances").json()["instances"]
+        assert [(found["instance_id"], len(found["ranks"])) for found in instances] == [("a", 2), ("b", 2)]
+        assert [place["name"] for place in instances[0]["ranks"][0]["locations"]] == [
+            "LocalCPUBackend",
+            "LocalDiskBackend",
+        ]
+        up_lines = [line for line in lines if "ranks" in line]
+        ports = {line.split(":")[0]: int(line.split("localhost:")[1].split(",")[0]) for line in up_lines}
+        prompt = list(range(100))
+        complete(ports["a"], prompt)
+        for source, target, via in (
+            ("a/LocalCPUBackend", "b/LocalCPUBackend", "tcp"),
+            ("b/LocalCPUBackend", "b/LocalDiskBackend", "memcpy"),  # within one process
+        ):
+            argv = ["move", source, target, "--tokens", str(prompt), "--url", f"http://localhost:{port}"]
+            moved = start("move", argv)
+            assert moved.until_ends() == 0, moved.text()
+            assert "done: 100 tokens" in moved.text() and f"over {via}" in moved.text()
+        assert complete(ports["b"], prompt) == 100
+        processes = ranks_of(one.process.pid)
+        assert len(processes) == 3
+        assert one.stop(signal.SIGINT) == 0
+        assert "Traceback" not in one.text() and all(gone(pid) for pid in processes)
+
+
+def sorted_names(lines: list[str]) -> list[str]:
+    """Instances come up in any order."""
+    return [line.split(":")[0] for line in lines if "http://" in line and "ranks" in line]
+
+
+def test_up_ends_when_one_of_its_processes_does(tmp_path: Path) -> None:
+    before = set(children())
+    with commands(tmp_path) as start:
+        one, _, _ = up(tmp_path, start)
+        processes = ranks_of(one.process.pid)
+        os.kill(processes[0], signal.SIGKILL)  # the controller
+        assert one.until_ends() == 1
+        assert "controller has ended with status -9" in one.text()
+        assert all(gone(pid) for pid in processes)
+    assert set(children()) <= before
+
+
+def test_up_that_cannot_start_says_why_and_leaves_nothing(tmp_path: Path) -> None:
+    (tmp_path / "t.yaml").write_text(TOPOLOGY)
+    (tmp_path / "bad.yaml").write_text(TOPOLOGY.replace("ranks: 2", "ranks: two"))
+    with commands(tmp_path) as start:
+        bad = start("bad", ["up", "bad.yaml"])
+        assert bad.until_ends() == 2 and "bad.yaml:5:14: instances.a.ranks" in bad.text()
+        one, port, _ = up(tmp_path, start)
+        argv = ["up", "t.yaml", "--port", str(port), "--instance-port", "0", "--pull-port", "0", "--reply-port", "0"]
+        two = start("two", argv)
+        assert two.until_ends() == 2 and f"cannot listen at localhost:{port}" in two.text().splitlines()[-1]
+        assert one.process.poll() is None
+        assert one.stop(signal.SIGTERM) == 0
