@@ -19,6 +19,7 @@ from kvmove.cli import (
     events,
     history,
     instance,
+    keys,
     lookup,
     move,
     pin,
@@ -53,6 +54,7 @@ app.command("demo")(demo.demo)
 app.command("controller")(controller.controller)
 app.command("instance")(instance.instance)
 app.command("up")(up.up)
+app.add_typer(keys.app, name="keys")
 app.command("move")(move.move)
 app.command("drain")(move.drain)
 app.command("lookup")(lookup.lookup)

@@ -14,7 +14,7 @@ from kvmove import output
 from kvmove.errors import RealUnavailable, UserError
 
 if TYPE_CHECKING:
-    from kvreal.controller import Opened, Ports
+    from kvreal.controller import Opened, Ports, Settings
 
 DEFAULT_PORTS = '{"pull": 8300, "reply": 8400}'
 
@@ -88,7 +88,7 @@ def controller(
         raise UserError(line)
     path = Path(journal or f"kvmove-controller-{port}.db")
     try:
-        status = real.run(settings, lambda: _opened(path, durability, tokens, keys))
+        status = real.run(settings, lambda: _opened(settings, path, durability, tokens, keys))
     except real.ControllerError as error:
         raise UserError(str(error)) from None
     if status:
@@ -148,8 +148,24 @@ def _logging() -> None:
         configure()
 
 
-def _opened(path: Path, durability: str, tokens: str | None, keys: str | None) -> Opened:
+def _opened(path: Path, durability: str, tokens: str | None, keys: str | None, config: Config) -> Opened:
+    from kvreal import keys as curve
     from kvreal.controller import Opened
-    from kvreal.journal import Journal, records
+    from kvreal.http import auth
+    from kvreal.journal import JournalError
+    from kvreal.journal_sqlite import open_journal
 
-    return Opened(journal=Journal(path), records=records(path), about_journal=f"{path} ({durability})")
+    try:
+        curve_keys = curve.load(keys) if keys is not None else None
+        known = auth.read_tokens(Path(tokens)) if tokens is not None else None
+        journal, records = open_journal(path, durability, config.events_kept_ns, config.events_kept)
+    except (curve.KeysError, auth.TokensError, JournalError) as error:
+        raise UserError(str(error)) from None
+    return Opened(
+        journal=journal,
+        records=records,
+        keeper=journal,
+        about_journal=f"{path} ({durability})",
+        curve=curve_keys,
+        auth_dependency=auth.dependency(known),
+    )
