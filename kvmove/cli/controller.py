@@ -14,7 +14,7 @@ from kvmove import output
 from kvmove.errors import RealUnavailable, UserError
 
 if TYPE_CHECKING:
-    from kvreal.controller import Opened, Ports, Settings
+    from kvreal.controller import Opened, Ports
 
 DEFAULT_PORTS = '{"pull": 8300, "reply": 8400}'
 
@@ -88,7 +88,7 @@ def controller(
         raise UserError(line)
     path = Path(journal or f"kvmove-controller-{port}.db")
     try:
-        status = real.run(settings, lambda: _opened(settings, path, durability, tokens, keys))
+        status = real.run(settings, lambda: _opened(path, durability, tokens, keys, settings.config))
     except real.ControllerError as error:
         raise UserError(str(error)) from None
     if status:
@@ -148,7 +148,7 @@ def _logging() -> None:
         configure()
 
 
-def _opened(path: Path, durability: str, tokens: str | None, keys: str | None, config: Config) -> Opened:
+def _opened(settings: Settings, path: Path, durability: str, tokens: str | None, keys: str | None) -> Opened:
     from kvreal import keys as curve
     from kvreal.controller import Opened
     from kvreal.http import auth
@@ -158,6 +158,7 @@ def _opened(path: Path, durability: str, tokens: str | None, keys: str | None, c
     try:
         curve_keys = curve.load(keys) if keys is not None else None
         known = auth.read_tokens(Path(tokens)) if tokens is not None else None
+        config = settings.config
         journal, records = open_journal(path, durability, config.events_kept_ns, config.events_kept)
     except (curve.KeysError, auth.TokensError, JournalError) as error:
         raise UserError(str(error)) from None
