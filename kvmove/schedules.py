@@ -25,19 +25,9 @@ from kvsim.run import run
 OCTAVES: Final = 3.0
 #: Messages of which some are delayed: those whose order decides who wins.
 DELAYED: Final = (
-    "MoveRequest",
-    "Pin",
-    "Pinned",
-    "Fetch",
-    "Reserved",
-    "Committed",
-    "Release",
-    "Released",
-    "Fence",
-    "Fenced",
-    "Delta",
-    "Clear",
-    "CancelRequest",
+    *("MoveRequest", "Pin", "Pinned", "Fetch", "Reserved", "Committed", "Release", "Released", "End"),
+    *("Fence", "Fenced", "Push", "Pushed", "Stop", "Delta", "Beat", "Renew", "Retain", "Register"),
+    *("Clear", "CancelRequest", "StoreRequest", "UseRequest", "Answer"),
 )
 DELAYS: Final = 6
 LONGEST_DELAY_NS: Final = 20_000_000
@@ -82,10 +72,15 @@ def _late(built: Built, draw: random.Random) -> Built:
 
 
 def _delayed(built: Built, draw: random.Random) -> Built:
+    """Half of the delays are on the way to one node only, so that an instance's ranks do not march in step."""
     longest = min(LONGEST_DELAY_NS, built.config.retry_ns)
     faults = tuple(
         Fault(
-            when=When(sent=draw.choice(DELAYED), nth=draw.randint(1, 3)),
+            when=When(
+                sent=draw.choice(DELAYED),
+                to=draw.choice(built.nodes) if draw.random() < 0.5 else "",
+                nth=draw.randint(1, 3),
+            ),
             delay=Duration.of_ns(_short_ns(draw, longest)),
         )
         for _ in range(DELAYS)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Dict, Final, List, Optional, Tuple
+from typing import TYPE_CHECKING, Callable, Dict, Final, List, Optional, Tuple
 
 from kvreal import control as c
 
@@ -73,9 +73,9 @@ class Quiet:
         seats = self.session.seats.values()
         return {s.name: (s.state.sent, s.state.received) for s in seats if s.up and s.state is not None}
 
-    def settle(self) -> None:
-        """Return when all nodes are quiet: nothing pending, and two rounds of asking in which no message moved and
-        none was under way. Raises Hang at the deadline, saying who was pending and why."""
+    def settle(self, unless: Callable[[], bool] = lambda: False) -> bool:
+        """Return True when all nodes are quiet: nothing pending, and two rounds of asking in which no message moved and
+        none was under way; False as soon as ``unless``. Raises Hang at the deadline, saying who was pending and why."""
         pause_s = 0.0005
         before: Optional[Counts] = None
         since = time.monotonic()
@@ -89,9 +89,11 @@ class Quiet:
                 else:
                     why = self.in_flight()
                     if not why or time.monotonic() - since > LOST_AFTER_S:
-                        return
+                        return True
             else:
                 before = None
+            if unless():
+                return False
             self.session.check_deadline(why)
             self.session.idle(pause_s)
             pause_s = min(pause_s * 2, 0.02)

@@ -249,9 +249,10 @@ class Session:
         """Why the nodes are not quiet; empty if they are."""
         return self.quiet.ask()
 
-    def settle(self) -> None:
-        """Return when all nodes are quiet. Raises Hang at the deadline, saying who was pending and why."""
-        self.quiet.settle()
+    def settle(self, seen: int = -1) -> bool:
+        """Return True when all nodes are quiet, False when the client says something after its note number ``seen``: it
+        does not wait any longer. Raises Hang at the deadline, saying who was pending and why."""
+        return self.quiet.settle(lambda: seen >= 0 and any(node == self.client for node, _ in self.notes[seen:]))
 
     def idle(self, seconds: float) -> None:
         until = time.monotonic() + seconds
@@ -281,8 +282,8 @@ class Session:
             if node != self.client:
                 continue
             if note.kind == "settle":
-                self.settle()
-                self.seats[self.client].say(c.Give(m.Command("settled")))
+                if self.settle(seen):
+                    self.seats[self.client].say(c.Give(m.Command("settled")))
             elif note.kind == "finished":
                 finished = True
         self.calm = True

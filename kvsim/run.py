@@ -211,6 +211,10 @@ class Simulation:
         for node in self.cluster.nodes.values():
             if first and found:
                 return found
+            if node.paused:
+                found.append(f"{node.name}: paused")
+                if first:
+                    return found
             if node.alive:
                 found += [f"{node.name}: {why}" for why in node.machine.pending()]
                 found += [f"{node.name}: has not handled {_shown(item)}" for item in node.queue or () if _counts(item)]
