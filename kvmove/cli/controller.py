@@ -148,7 +148,7 @@ def _logging() -> None:
         configure()
 
 
-def _opened(settings: Settings, path: Path, durability: str, tokens: str | None, keys: str | None) -> Opened:
+def _opened(path: Path, durability: str, tokens: str | None, keys: str | None, config: Config) -> Opened:
     from kvreal import keys as curve
     from kvreal.controller import Opened
     from kvreal.http import auth
@@ -158,7 +158,6 @@ def _opened(settings: Settings, path: Path, durability: str, tokens: str | None,
     try:
         curve_keys = curve.load(keys) if keys is not None else None
         known = auth.read_tokens(Path(tokens)) if tokens is not None else None
-        config = settings.config
         journal, records = open_journal(path, durability, config.events_kept_ns, config.events_kept)
     except (curve.KeysError, auth.TokensError, JournalError) as error:
         raise UserError(str(error)) from None
