@@ -1,44 +1,81 @@
-"""What the controller counts, for Prometheus. Units are in the names; nothing here is asked for on a move's way."""
+"""What the controller counts, for Prometheus. Units are in the names; nothing here is asked for on a move's way.
+
+What has happened is counted here, from the service's steps and the log's ended events; what is so now is read off the
+machine when somebody asks (gauges.py).
+"""
 
 from __future__ import annotations
 
-from typing import Any, Dict, Final, Iterator, List, Tuple
+from typing import Any, Dict, Final, List, Set, Tuple
 
 from fastapi import APIRouter
 from fastapi.responses import Response
 from msgspec import UNSET
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
-from prometheus_client.registry import Collector
 
 from kvcore.protocol import machine as m
-from kvcore.protocol.messages import Delta, Released, Resync
-from kvreal.http.events import EventLog
+from kvcore.protocol.controller import Controller
+from kvcore.protocol.coordinator import RELEASING
+from kvcore.protocol.messages import (
+    Answer,
+    Clear,
+    Cleared,
+    Delta,
+    Expelled,
+    Fetch,
+    Hold,
+    Inc,
+    Key,
+    Pin,
+    PinRequest,
+    Release,
+    Released,
+    Resync,
+    Snap,
+    Unhold,
+)
+from kvreal.http.events import ENDED, EventLog
+from kvreal.http.gauges import Gauges, Stale
 from kvreal.http.models import EventView
-from kvreal.service import Service
+from kvreal.service import TERMINAL, Service
 
-PHASES: Final = ("pinning", "reserving", "copying", "releasing")
 SECONDS: Final = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 120.0)
+ASKING: Final = frozenset({Pin, Fetch, Release, Hold, Unhold, Clear})
+"""What the controller sends once an event and rank; every more is a retry."""
 
 
 class Metrics:
-    """Listens to the service's steps and the log's ended events; pools and lags are read when they are asked for."""
+    """Listens to the service's steps and the log's ended events."""
 
     def __init__(self, service: Service, log: EventLog) -> None:
-        self.service: Service = service
-        self.log: EventLog = log
+        self.machine: Controller = log.machine
         self.registry: CollectorRegistry = CollectorRegistry()
+        #: event -> (message, rank's address) that have been sent for it
+        self.asked: Dict[int, Set[Tuple[type, str]]] = {}
+        #: (address, location) -> (incarnation, number) of the last change that was counted
+        self.counted: Dict[Tuple[str, str], Tuple[Inc, int]] = {}
+        #: (address, location) -> since when its inventory is known to be wanting
+        self.stale: Stale = {}
         self.moves: Counter = self._counter("moves", "Ended events.", "kind", "state", "reason")
+        self.tokens: Counter = self._counter("moved_tokens", "Tokens whose KV ended moves brought.", "kind")
         self.bytes: Counter = self._counter("moved_bytes", "Bytes copied by ended moves.", "transport")
-        self.phases: Histogram = self._seconds("move_phase_seconds", "How long a phase took.", "phase")
-        self.whole: Histogram = self._seconds("move_seconds", "From the request to the end.", "state")
-        self.notes: Counter = self._counter("notes", "What the protocol remarked: refusals, stale epochs.", "kind")
-        self.retries: Counter = self._counter("retries", "Alarms that made the controller ask again.", "kind")
-        self.resyncs: Counter = self._counter("resyncs", "Inventories that had to be asked for anew.")
-        self.dropped: Counter = self._counter("chunks_dropped", "Chunks that left.", "instance", "location")
-        self.deleted: Counter = self._counter("chunks_deleted", "Chunks that moves deleted at their sources.")
+        self.phases: Histogram = self._seconds("move_phase_seconds", "How long a phase of a move took.", "phase")
+        self.whole: Histogram = self._seconds("move_seconds", "A move from its request to its end.", "state")
         self.added: Counter = self._counter("chunks_added", "Chunks that came.", "instance", "location")
-        self.registry.register(_Now(self))
+        self.evicted: Counter = self._counter(
+            "chunks_evicted", "Chunks that left for another reason than a move.", "instance", "location"
+        )
+        self.deleted: Counter = self._counter("chunks_deleted", "Chunks that moves deleted at their sources.")
+        self.kept: Counter = self._counter("chunks_kept", "Chunks that moves had to leave at their sources.")
+        self.cleared: Counter = self._counter("locations_cleared", "Clears that a rank has answered.")
+        self.pins: Counter = self._counter("pin_requests", "User pins and leases asked for.", "what")
+        self.retries: Counter = self._counter("retries", "Messages sent again for want of an answer.", "message")
+        self.stale_epochs: Counter = self._counter(
+            "stale_epoch_drops", "Messages of processes that are not believed any more.", "message"
+        )
+        self.resyncs: Counter = self._counter("resyncs", "Inventories that had to be asked for anew.")
+        self.ranks: Counter = self._counter("ranks", "Ranks that came, went, or were refused.", "what")
+        self.registry.register(Gauges(service, self.machine, self.stale))
         service.listeners.append(self.step)
         log.on_ended.append(self.ended)
 
@@ -48,110 +85,113 @@ class Metrics:
     def _seconds(self, name: str, about: str, *labels: str) -> Histogram:
         return Histogram(f"kvmove_{name}", about, labels, registry=self.registry, buckets=SECONDS)
 
+    # ---- what happens
     def step(self, now: int, item: m.Input, effects: List[m.Effect]) -> None:
         if isinstance(item, m.Received):
-            message = item.msg
-            if isinstance(message, Delta):
-                self._delta(item.src, message)
-            elif isinstance(message, Released) and message.deleted > 0:
-                self.deleted.inc(message.deleted)
+            self._received(item.src, item.msg)
         for effect in effects:
-            if isinstance(effect, m.Note):
-                self.notes.labels(effect.kind).inc()
-            elif isinstance(effect, m.Send) and isinstance(effect.msg, Resync):
-                self.resyncs.inc()
-        if isinstance(item, m.TimerFired) and effects and item.name[0] in ("retry", "fanout"):
-            self.retries.labels(item.name[0]).inc()
+            if isinstance(effect, m.Send):
+                self._sent(now, effect.dst, effect.msg)
+            elif isinstance(effect, m.Note):
+                self._noted(effect)
+        for effect in effects:
+            if isinstance(effect, m.Journal) and isinstance(effect.record, m.Outcome):
+                self.asked.pop(effect.record.event, None)
+
+    def _received(self, src: str, message: Any) -> None:
+        if isinstance(message, Delta):
+            self._delta(src, message)
+        elif isinstance(message, Released):
+            if message.deleted > 0:
+                self.deleted.inc(message.deleted)
+            if message.kept > 0:
+                self.kept.inc(message.kept)
+        elif isinstance(message, Snap):
+            self.stale.pop((src, message.location), None)
+        elif isinstance(message, Cleared):
+            self.cleared.inc()
+        elif isinstance(message, PinRequest):
+            self.pins.labels("renew" if message.event else "begin").inc()
+
+    def _sent(self, now: int, dst: str, message: Any) -> None:
+        kind = type(message)
+        if kind in ASKING:
+            asked = self.asked.setdefault(message.event, set())
+            if (kind, dst) in asked:
+                self.retries.labels(kind.__name__).inc()
+            asked.add((kind, dst))
+        elif kind is Answer:
+            if message.event and message.state in TERMINAL:
+                self.asked.pop(message.event, None)
+        elif kind is Resync:
+            self.resyncs.inc()
+            self.stale.setdefault((dst, message.location), now)
+        elif kind is Expelled:
+            self.stale_epochs.labels("Beat").inc()
+
+    def _noted(self, note: m.Note) -> None:
+        if note.kind == "stale_epoch":
+            self.stale_epochs.labels(note.detail.partition(" ")[0]).inc()
+        elif note.kind in ("believed", "dead", "register_refused"):
+            self.ranks.labels(note.kind).inc()
+            self._forget(note.detail)
+
+    def _forget(self, address: str) -> None:
+        """Another process is there now, or none."""
+        for key in [key for key in self.stale if key[0] == address]:
+            del self.stale[key]
+        here = self.machine.registry.by_address
+        if len(self.counted) > 64 + 16 * len(here):
+            self.counted = {key: at for key, at in self.counted.items() if key[0] in here}
 
     def _delta(self, src: str, message: Delta) -> None:
-        rank = self.service.machine.registry.by_address.get(src)  # type: ignore[attr-defined]
-        if rank is None:
+        """Count a change once, when the registry has taken it."""
+        rank = self.machine.registry.by_address.get(src)
+        view = rank.views.get(message.location) if rank is not None else None
+        at = (message.inc, message.seq)
+        if rank is None or view is None or (view.inc, view.seq) != at:
             return
+        if self.counted.get((src, message.location)) == at:
+            return
+        self.counted[(src, message.location)] = at
         place = (rank.register.instance, message.location)
         if message.adds:
             self.added.labels(*place).inc(len(message.adds))
         if message.drops:
-            self.dropped.labels(*place).inc(len(message.drops))
+            moved = self._moved(src, message.location)
+            evicted = sum(key not in moved for key in message.drops)
+            if evicted:
+                self.evicted.labels(*place).inc(evicted)
+
+    def _moved(self, src: str, location: str) -> Set[Key]:
+        """What moves are deleting at this source now. It says so only after its inventory has changed."""
+        moves = self.machine.moves
+        found: Set[Key] = set()
+        for number in moves.by_node.get(src, ()):
+            event = moves.events[number]
+            request = event.request
+            if event.state == RELEASING and not request.copy and src in event.src and request.src[1] == location:
+                found.update(request.keys[: event.n])
+        return found
 
     def ended(self, view: EventView) -> None:
         reason = view.reason if isinstance(view.reason, str) else ""
         self.moves.labels(view.kind, view.state, reason).inc()
         if view.kind not in ("move", "copy"):
             return
+        if view.state == "done":
+            self.tokens.labels(view.kind).inc(view.num_tokens)
         if view.bytes is not UNSET and view.bytes:
             self.bytes.labels(view.transport if isinstance(view.transport, str) else "unknown").inc(view.bytes)
         if view.duration_s is not UNSET:
             self.whole.labels(view.state).observe(view.duration_s)
         if isinstance(view.phases_s, dict):
             for phase, seconds in view.phases_s.items():
-                self.phases.labels(phase).observe(seconds)
+                if phase not in ENDED:
+                    self.phases.labels(phase).observe(seconds)
 
     def text(self) -> bytes:
         return bytes(generate_latest(self.registry))
-
-
-class _Now(Collector):
-    """What is read off the machine at the moment of asking."""
-
-    def __init__(self, metrics: Metrics) -> None:
-        self.metrics: Metrics = metrics
-
-    def collect(self) -> Iterator[Metric]:
-        service = self.metrics.service
-        machine: Any = service.machine
-        yield self._pools(machine)
-        yield self._capacity(machine)
-        yield self._lag(machine, service.node.now())
-        yield self._events(machine)
-        yield _gauge("kvmove_user_pins", "User pins and leases that live.", len(machine.fanouts.pins))
-        yield _gauge("kvmove_drains", "Drains under way.", len(machine.drains.open))
-        yield _gauge("kvmove_instances", "Instances known.", len(machine.registry.instances()))
-        yield _gauge("kvmove_incarnation", "The controller's life, counted in its journal.", machine.incarnation)
-        frames = CounterMetricFamily("kvmove_frames", "Control frames by what became of them.", labels=["what"])
-        for name, count in sorted(service.network.counters.items()):
-            frames.add_metric([name.removeprefix("frames_")], count)
-        yield frames
-
-    def _views(self, machine: Any) -> Iterator[Tuple[str, str, str, Any, int]]:
-        for (instance, number), rank in sorted(machine.registry.ranks.items()):
-            slots = {location.name: location.slots for location in rank.register.locations}
-            for name, view in rank.views.items():
-                yield instance, str(number), name, view, slots[name]
-
-    def _pools(self, machine: Any) -> GaugeMetricFamily:
-        family = _family("kvmove_pool_chunks", "Chunks visible in a location.", "instance", "rank", "location")
-        for instance, rank, location, view, _ in self._views(machine):
-            family.add_metric([instance, rank, location], len(view.entries))
-        return family
-
-    def _capacity(self, machine: Any) -> GaugeMetricFamily:
-        family = _family("kvmove_pool_slots", "Slots of a location.", "instance", "rank", "location")
-        for instance, rank, location, _, slots in self._views(machine):
-            family.add_metric([instance, rank, location], slots)
-        return family
-
-    def _lag(self, machine: Any, now: int) -> GaugeMetricFamily:
-        family = _family("kvmove_registry_lag_seconds", "Since a rank was last heard.", "instance", "rank")
-        for (instance, number), rank in sorted(machine.registry.ranks.items()):
-            family.add_metric([instance, str(number)], max(0, now - rank.heard_ns) / 1e9)
-        return family
-
-    def _events(self, machine: Any) -> GaugeMetricFamily:
-        family = _family("kvmove_events_in_flight", "Events that have not ended.", "state")
-        counts: Dict[str, int] = dict.fromkeys(PHASES, 0)
-        for event in machine.moves.events.values():
-            counts[event.state] = counts.get(event.state, 0) + 1
-        for state, count in counts.items():
-            family.add_metric([state], count)
-        return family
-
-
-def _family(name: str, about: str, *labels: str) -> GaugeMetricFamily:
-    return GaugeMetricFamily(name, about, labels=list(labels))
-
-
-def _gauge(name: str, about: str, value: float) -> GaugeMetricFamily:
-    return GaugeMetricFamily(name, about, value=value)
 
 
 def router(metrics: Metrics, dependencies: List[Any]) -> APIRouter:
