@@ -64,10 +64,13 @@ fast: $(VENV)/.stamp
 search: $(VENV)/.stamp
 	@$(BIN)/kvmove search $(ARGS)
 
-# Thousands of generated scenarios in both worlds; `make test` plays 340 and 25.
+# Thousands of generated scenarios: tiny and whole ones simulated, whole ones on real processes and compared. `make test`
+# does 340 and 51. What fails is shrunk to out/swarm. COUNT and REAL say how many; SEED where the swarm begins.
 compare-long: $(VENV)/.stamp
-	KVMOVE_EXAMPLES=$(or $(EXAMPLES),5000) KVMOVE_REAL_EXAMPLES=$(or $(REAL),300) \
-	  $(BIN)/python -m pytest tests/compare -n $(JOBS) -o timeout=7200 $(ARGS)
+	$(BIN)/kvmove swarm --count $(or $(COUNT),40000) --seed $(or $(SEED),0)
+	$(BIN)/kvmove swarm --size whole --count $(or $(COUNT),10000) --seed $(or $(SEED),0)
+	KVMOVE_EXAMPLES=$(or $(EXAMPLES),2000) KVMOVE_REAL_EXAMPLES=$(or $(REAL),300) \
+	  $(BIN)/python -m pytest tests/compare --timeout 7200 -s $(ARGS)
 
 # Every scenario file on real processes, those too that wait long for a node to be found dead.
 scenarios-real: $(VENV)/.stamp

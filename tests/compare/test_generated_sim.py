@@ -37,7 +37,7 @@ def simulated(scenario: Scenario, coverage: Coverage, again: bool = False) -> No
         assert second.lines == history.lines
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(7200 if EXAMPLES > 500 else 900)
 def test_generated_scenarios() -> None:
     """Each kind of fault in as many as another, besides whatever else is drawn; the table has no empty row."""
     coverage = Coverage()
@@ -62,7 +62,7 @@ def test_generated_scenarios() -> None:
     assert coverage.empty() == []
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(7200 if EXAMPLES > 500 else 300)
 def test_scenarios_without_a_certain_fault() -> None:
     """Strict ones and calm ones among them."""
     coverage = Coverage()
