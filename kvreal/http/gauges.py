@@ -16,7 +16,7 @@ from kvreal.service import Service
 PHASES: Final = ("pinning", "reserving", "copying", "releasing")
 Stale = Dict[Tuple[str, str], int]
 """(address, location) -> since when its inventory is known to be wanting, ns."""
-_PLACE: Final = ("instance", "rank", "location")
+_PLACE: Final = ("instance_id", "rank", "location")
 
 
 class Gauges(Collector):
@@ -62,7 +62,7 @@ class Gauges(Collector):
 
     def _lag(self, now: int) -> GaugeMetricFamily:
         about = "How old what the registry knows of a rank may be: since it was heard, or found to be wanting."
-        family = _family("kvmove_registry_lag_seconds", about, "instance", "rank")
+        family = _family("kvmove_registry_lag_seconds", about, "instance_id", "rank")
         for (instance, number), rank in sorted(self.machine.registry.ranks.items()):
             since = [rank.heard_ns, *(ns for (address, _), ns in self.stale.items() if address == rank.address)]
             family.add_metric([instance, str(number)], max(0, now - min(since)) / 1e9)

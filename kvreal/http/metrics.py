@@ -61,9 +61,9 @@ class Metrics:
         self.bytes: Counter = self._counter("moved_bytes", "Bytes copied by ended moves.", "transport")
         self.phases: Histogram = self._seconds("move_phase_seconds", "How long a phase of a move took.", "phase")
         self.whole: Histogram = self._seconds("move_seconds", "A move from its request to its end.", "state")
-        self.added: Counter = self._counter("chunks_added", "Chunks that came.", "instance", "location")
+        self.added: Counter = self._counter("chunks_added", "Chunks that came.", "instance_id", "location")
         self.evicted: Counter = self._counter(
-            "chunks_evicted", "Chunks that left for another reason than a move.", "instance", "location"
+            "chunks_evicted", "Chunks that left for another reason than a move.", "instance_id", "location"
         )
         self.deleted: Counter = self._counter("chunks_deleted", "Chunks that moves deleted at their sources.")
         self.kept: Counter = self._counter("chunks_kept", "Chunks that moves had to leave at their sources.")
