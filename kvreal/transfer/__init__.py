@@ -33,12 +33,14 @@ def resolve(name: str) -> str:
     return name
 
 
-def make(name: str, memory: Memory) -> Transfer:
-    """A transport of this process over ``memory``. NIXL's agent takes about half a second to create."""
+def make(name: str, memory: Memory, at: Tuple[str, int] = ("127.0.0.1", 0)) -> Transfer:
+    """A transport of this process over ``memory``; peers reach it ``at`` (host, port; 0: any).
+
+    NIXL's agent takes about half a second to create."""
     if resolve(name) == "nixl":
         from kvreal.transfer.nixl import NixlTransfer
 
-        return NixlTransfer(memory)
+        return NixlTransfer(memory, at=at)
     from kvreal.transfer.tcp import TcpTransfer
 
-    return TcpTransfer(memory)
+    return TcpTransfer(memory, at)

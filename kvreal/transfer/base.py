@@ -46,7 +46,8 @@ class Transfer:
 
     name: str = ""
 
-    def __init__(self, memory: Memory) -> None:
+    def __init__(self, memory: Memory, at: Tuple[str, int] = ("127.0.0.1", 0)) -> None:
+        """``at``: where peers open windows. TransferError if that is taken."""
         self.memory: Memory = memory
         self.process: str = uuid.uuid4().hex[:16]
         self.address: str = ""
@@ -57,7 +58,9 @@ class Transfer:
         self.closing: List[Tuple[str, int]] = []
         self.results: Deque[Union[Ended, WindowShut]] = deque()
         self.wake: int = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self.windows: WindowServer = WindowServer(self.prepare, self.serve, self.revoke, self.info, self._check_closing)
+        self.windows: WindowServer = WindowServer(
+            self.prepare, self.serve, self.revoke, self.info, self._check_closing, at
+        )
 
     # ---- what a transport implements
     def carry(self, job: Job) -> str:
@@ -92,7 +95,7 @@ class Transfer:
 
     # ---- the loop's side
     def endpoint(self) -> str:
-        return f"{self.name}|127.0.0.1|{self.windows.port}|{self.process}"
+        return f"{self.name}|{self.windows.host}|{self.windows.port}|{self.process}"
 
     def fileno(self) -> int:
         return self.wake
@@ -284,7 +287,7 @@ class Transfer:
             if job is not None:
                 job.stop = lambda: hang_up(sock, close=False)
                 job.check()
-            grant = open_window(sock, hello)
+            grant = open_window(sock, hello, self.windows.secret)
             if job is not None:
                 job.stop = None
                 job.check()

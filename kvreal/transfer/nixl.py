@@ -73,13 +73,15 @@ class Peer:
 class NixlTransfer(Transfer):
     name = "nixl"
 
-    def __init__(self, memory: Memory, tables: Optional[Tables] = None) -> None:
+    def __init__(
+        self, memory: Memory, tables: Optional[Tables] = None, at: Tuple[str, int] = ("127.0.0.1", 0)
+    ) -> None:
         self.tables: Tables = tables or Tables()
         self.agent_lock: threading.Lock = threading.Lock()
         self.peers: Dict[str, Peer] = {}
         self.registered: List[Tuple[Slab, Any]] = []
         self.greeting: List[str] = []
-        super().__init__(memory)
+        super().__init__(memory, at)
         api = load_nixl()
         config = api.nixl_agent_config(enable_prog_thread=False, backends=["UCX"])
         self.agent: Any = api.nixl_agent(self.process, config)

@@ -5,27 +5,36 @@ process it means; the copy may begin when that is granted, and the window is ope
 sided transports (NIXL) cannot be refused by their target otherwise: memory stays writable even after it was
 deregistered. The kernel closes a dead process's connections only after its last thread has gone, so the end of a
 connection is proof that its writer has stopped. Messages are plain integers and strings; nothing is unpickled.
+
+Where there are keys (``kvmove keys``) both sides prove first that they have the cluster's secret (frames.py): memory is
+granted to this cluster's nodes only, and a peer's metadata, which NIXL's own Python unpickles, comes from such a node
+or is not looked at. The bytes of a copy are not encrypted.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hmac
+import os
 import socket
-import struct
 import threading
 from typing import Callable, Dict, List, Optional, Tuple
 
 import msgspec
 
 from kvreal.memory import Place
+from kvreal.transfer.frames import Answering, TransferError, asked, read_exactly
 
-MAX_MESSAGE: int = 16 << 20
+__all__ = ["Grant", "Hello", "Info", "TransferError", "Window", "WindowServer", "read_exactly"]
+
 HELLO_TIMEOUT_S: float = 10.0
+MAX_HELLO: int = 4 << 20
+MAX_STRANGERS: int = 128
+"""Connections that have not been granted or refused yet; more are hung up on."""
 
 
-class TransferError(Exception):
-    """A copy, or a transport, that failed; the message says why."""
+class AddressTaken(TransferError):
+    """Where copies should be listened for cannot be had."""
 
 
 class Hello(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -65,29 +74,6 @@ _hello = msgspec.msgpack.Decoder(Hello).decode
 _grant = msgspec.msgpack.Decoder(Grant).decode
 
 
-def read_exactly(sock: socket.socket, size: int) -> bytes:
-    """ConnectionError if the peer hangs up first."""
-    parts = bytearray()
-    while len(parts) < size:
-        part = sock.recv(size - len(parts))
-        if not part:
-            raise ConnectionError("connection closed")
-        parts += part
-    return bytes(parts)
-
-
-def send_message(sock: socket.socket, message: msgspec.Struct) -> None:
-    body = _encode(message)
-    sock.sendall(struct.pack("<I", len(body)) + body)
-
-
-def read_message(sock: socket.socket) -> bytes:
-    (size,) = struct.unpack("<I", read_exactly(sock, 4))
-    if size > MAX_MESSAGE:
-        raise ConnectionError(f"a message of {size} bytes, expected at most {MAX_MESSAGE}")
-    return read_exactly(sock, size)
-
-
 class Window:
     """One open connection, seen from the side whose memory is touched."""
 
@@ -111,6 +97,7 @@ class WindowServer:
         revoke: Serve,
         info: Callable[[int], Optional[Info]],
         ended: Callable[[], None],
+        at: Tuple[str, int] = ("127.0.0.1", 0),
     ) -> None:
         self.prepare: Serve = prepare
         self.serve: Serve = serve
@@ -121,10 +108,18 @@ class WindowServer:
         self.windows: List[Window] = []
         self.closed: Dict[str, int] = {}
         self.token: str = ""
+        #: what whoever opens a window must have; b"": nothing but the token
+        self.secret: bytes = b""
         self.address: str = ""
         self.epoch: int = 0
         self.refused: int = 0
-        self.listener: socket.socket = socket.create_server(("127.0.0.1", 0), backlog=128)
+        self.strangers: int = 0
+        self.host: str = at[0]
+        try:
+            self.listener: socket.socket = socket.create_server(at, backlog=128)
+        except OSError as error:
+            why = os.strerror(error.errno or 0)
+            raise AddressTaken(f"cannot listen for copies at {at[0]}:{at[1]}: {why}") from error
         self.port: int = self.listener.getsockname()[1]
         self.thread: threading.Thread = threading.Thread(target=self._accept, name="windows", daemon=True)
         self.thread.start()
@@ -135,32 +130,32 @@ class WindowServer:
                 sock, _ = self.listener.accept()
             except OSError:
                 return
+            with self.lock:
+                if self.strangers >= MAX_STRANGERS:
+                    self.refused += 1
+                    sock.close()
+                    continue
+                self.strangers += 1
             threading.Thread(target=self._handle, args=(sock,), name="window", daemon=True).start()
 
     def _handle(self, sock: socket.socket) -> None:
         with sock:
             try:
-                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                sock.settimeout(HELLO_TIMEOUT_S)
-                hello = _hello(read_message(sock))
-                sock.settimeout(None)
-                window = Window(hello, sock)
-                why = self._open(window)
-                if why:
-                    self.refused += 1
-                    send_message(sock, Grant(False, why))
-                    return
-            except (OSError, msgspec.MsgspecError):
-                self.refused += 1
+                dialled = Answering(self.secret, sock, MAX_HELLO)
+                window = self._introduced(dialled)
+            finally:
+                with self.lock:
+                    self.strangers -= 1
+            if window is None:
                 return
             try:
                 try:
                     self.prepare(window)
                 except Exception as error:
                     self.refused += 1
-                    send_message(sock, Grant(False, str(error)))
+                    dialled.send(_encode(Grant(False, str(error))))
                     return
-                send_message(sock, Grant(True, "", self.info(hello.layout)))
+                dialled.send(_encode(Grant(True, "", self.info(window.hello.layout))))
                 self.serve(window)
             except (OSError, TransferError):
                 pass  # the other side sees the end of the connection
@@ -168,6 +163,23 @@ class WindowServer:
                 with self.lock:
                     self.windows.remove(window)
         self.ended()
+
+    def _introduced(self, dialled: Answering) -> Optional[Window]:
+        """The window that is asked for, open; None: refused, whatever was said."""
+        sock = dialled.sock
+        try:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            sock.settimeout(HELLO_TIMEOUT_S)
+            window = Window(_hello(dialled.read()), sock)
+            sock.settimeout(None)
+            why = self._open(window)
+            if not why:
+                return window
+            dialled.send(_encode(Grant(False, why)))
+        except (OSError, ValueError, msgspec.MsgspecError):
+            pass
+        self.refused += 1
+        return None
 
     def _open(self, window: Window) -> str:
         """Why it is refused, or "" and it is open."""
@@ -249,11 +261,10 @@ def split_endpoint(endpoint: str) -> Tuple[str, str, int, str]:
     return parts[0], parts[1], int(parts[2]), parts[3]
 
 
-def open_window(sock: socket.socket, hello: Hello) -> Grant:
+def open_window(sock: socket.socket, hello: Hello, secret: bytes = b"") -> Grant:
     """Ask for a window on a connected socket. TransferError if it is refused, OSError if the peer hangs up."""
-    send_message(sock, hello)
     try:
-        grant = _grant(read_message(sock))
+        grant = _grant(asked(sock, _encode(hello), secret, hello.to, HELLO_TIMEOUT_S))
     except msgspec.MsgspecError as error:
         raise TransferError(f"no grant from {hello.to}: {error}") from error
     if not grant.ok:
