@@ -93,7 +93,7 @@ class Endpoints:
         curve: Optional[Curve] = None,
     ) -> None:
         """Listen at ``bind`` (host:port; port 0: any). ``address``: what peers call this node, if it is not that.
-        EndpointError if the address cannot be had."""
+        EndpointError if the address cannot be had, or if others could reach it and there is no ``curve``."""
         self.cluster: str = cluster
         self.curve: Optional[Curve] = curve
         self.context: zmq.Context[Any] = zmq.Context(io_threads=1)
@@ -117,6 +117,8 @@ class Endpoints:
         self._body = msgspec.msgpack.Decoder(Wire).decode
 
     def _listening(self, kind: int, bind: str) -> Any:
+        if self.curve is None and not is_loopback(endpoint_of(bind).rpartition(":")[0]):
+            raise EndpointError(f"{bind}: others could reach it; give keys (see `kvmove keys new`), or use localhost")
         sock = self.context.socket(kind)
         sock.setsockopt(zmq.LINGER, 0)
         sock.setsockopt(zmq.RCVHWM, HIGH_WATER)
