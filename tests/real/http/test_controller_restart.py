@@ -45,8 +45,8 @@ def test_events_instances_and_keys_survive_a_sigkill(two: Cluster) -> None:
     assert "incarnation 2" in line
     after = controller.event(done["event_id"])
     assert (after["state"], after["num_tokens"]) == ("done", 200)
-    for field in ("old_position", "new_positions", "transport", "idempotency_key"):
-        assert after[field] == before[field]
+    # All of it: ranks, chunks, bytes, times.
+    assert after == before
     event = controller.event(failed)
     assert (event["state"], event["reason"]) == ("failed", "nothing_held")
     assert controller.event(lease)["state"] == "held"
@@ -120,6 +120,55 @@ def test_a_move_that_waits_can_be_cancelled(two: Cluster) -> None:
     assert (found[0].status_code, found[0].json()["reason"]) == (409, "cancelled")
     assert found[0].json()["event_id"] == name
     assert two.workers.use("a", tokens) == 200
+
+
+def test_a_queue_bound_is_429_with_retry_after(tmp_path: Path) -> None:
+    found = cluster(tmp_path, "--events-max", "1")
+    controller = found.controller
+    try:
+        found.workers.add("a")
+        found.workers.add("b")
+        found.known("a", "b")
+        found.stored("a", prompt(0))
+        found.workers.run(found.workers.ranks.pop("b")[0].stop())
+        thread = threading.Thread(target=lambda: controller.move("a", "b", prompt(0)))
+        thread.start()
+        eventually(lambda: controller.http.get("/events").json()["events"])
+        answer = controller.move("a", "b", prompt(0))
+        assert (answer.status_code, answer.json()["reason"]) == (429, "busy"), answer.text
+        assert int(answer.headers["retry-after"]) > 0
+        thread.join(10)
+    finally:
+        found.close()
+
+
+def test_a_client_that_gives_up_hears_the_truth_later(two: Cluster) -> None:
+    controller = two.controller
+    tokens = prompt(0)
+    two.stored("a", tokens)
+    two.workers.run(two.workers.ranks.pop("b")[0].stop())
+    with pytest.raises(httpx.ReadTimeout):
+        body = {"old_position": ["a", CPU], "new_position": ["b", CPU], "tokens": tokens}
+        controller.http.post("/move", json=body, timeout=0.1)
+    (event,) = controller.http.get("/events").json()["events"]
+    ended = controller.ended(event["event_id"])
+    assert (ended["state"], ended["reason"]) == ("failed", "destination_dead")
+    assert [chunk["source"] for chunk in ended["chunks"]] == ["untouched"] * 4
+    assert two.workers.use("a", tokens) == 200
+
+
+def test_a_damaged_journal_is_refused_and_left_as_it_is(two: Cluster) -> None:
+    controller = two.controller
+    controller.move("a", "b", prompt(0))
+    assert controller.stop() == 0
+    data = controller.journal.read_bytes()
+    spoiled = data[:4096] + bytes(200) + data[4296:]
+    controller.journal.write_bytes(spoiled)
+    with pytest.raises(AssertionError, match="journal"):
+        controller.start()
+    assert controller.process is not None
+    assert controller.process.wait(10) == 2
+    assert controller.journal.read_bytes() == spoiled
 
 
 def test_drain_spreads_an_instance_over_others_as_one_event(tmp_path: Path) -> None:
