@@ -17,7 +17,7 @@ import uvicorn
 from kvreal.http.instance import make_app
 from kvreal.http.serving import Serving
 from kvreal.instance_file import InstanceFile
-from kvreal.rank import Child, Local, Registration, curve_of
+from kvreal.rank import Child, Local, Registration, keys_of
 from kvreal.tokenizer import make as make_tokenizer
 from kvreal.transfer import proof
 
@@ -77,7 +77,7 @@ class Instance:
             argv = ["--config", file.path, "--model", file.namespace.model]
             self.children.append(Child(rank, argv, self._hearer(rank), self._gone))
         try:
-            self.local: Local = Local(file, 0, sink, self._hearer(0), curve_of(file))
+            self.local: Local = Local(file, 0, sink, self._hearer(0), keys_of(file))
         except Exception:
             for child in self.children:
                 child.sock.close()
@@ -131,6 +131,7 @@ class Instance:
             warn=lambda text: log.error("%s", text),
             api_key=self.settings.api_key,
             version=self.settings.version,
+            held=self.local.held,
         )
         config = uvicorn.Config(
             app, log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=3, ws="none"

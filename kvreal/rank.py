@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import importlib
 import logging
 import os
 import re
@@ -19,19 +18,23 @@ import subprocess
 import sys
 import tempfile
 from datetime import UTC, datetime
-from typing import Any, Callable, Dict, Final, List, Optional, Sequence, Union
+from typing import Any, Callable, Dict, Final, List, Optional, Sequence, Tuple, Union, cast
 
 import msgspec
 
 from kvcore.protocol import machine as m
 from kvcore.protocol.messages import Answer, StoreRequest, UseRequest
+from kvcore.protocol.worker import Worker
 from kvreal.endpoints import CLUSTER, Endpoints, endpoint_of
 from kvreal.engines.thread import EngineThread
-from kvreal.http.serving import RankGone
+from kvreal.http.serving import Held, RankGone
 from kvreal.instance_file import InstanceFile, read
+from kvreal.keys import Keys, load
+from kvreal.logs import StepLog, configure
 from kvreal.memory import Memory
 from kvreal.service import Service, ServiceStopped, WorkerParts
 from kvreal.transfer import Transfer, TransferError, make, proof
+from kvreal.transfer.window import AddressTaken
 from kvreal.ucx import respect
 
 log = logging.getLogger("kvmove.instance")
@@ -72,7 +75,12 @@ class Local:
     """A rank in this process."""
 
     def __init__(
-        self, file: InstanceFile, rank: int, sink: int, said: Callable[[Registration], None], curve: Any = None
+        self,
+        file: InstanceFile,
+        rank: int,
+        sink: int,
+        said: Callable[[Registration], None],
+        keys: Optional[Keys] = None,
     ) -> None:
         """Binds its sockets and makes its memory. EndpointError, SlabError or TransferError, one line each."""
         self.file: InstanceFile = file
@@ -80,19 +88,23 @@ class Local:
         self.said: Callable[[Registration], None] = said
         self.registration: Registration = Registration("waiting")
         port = file.worker_ports[rank] if file.worker_ports else 0
-        network = Endpoints(f"{file.host}:{port}", curve=curve)
+        network = Endpoints(f"{file.host}:{port}", curve=keys)
         self.address: str = network.address
         memory = Memory()
         tempfile.tempdir = file.disk_path or tempfile.tempdir
         slot_bytes = file.namespace.chunk_tokens * file.namespace.bytes_per_token
         memory.lay_out(file.locations, slot_bytes)
-        transfer = transport(file.transport, memory, sink)
+        data = (endpoint_of(f"{file.host}:0").rpartition(":")[0], file.data_ports[rank] if file.data_ports else 0)
+        transfer = transport(file.transport, memory, sink, data)
+        if keys is not None:
+            transfer.windows.secret = keys.window_secret()
         transfer.begin(CLUSTER, self.address)
         controller = endpoint_of(f"{file.controller[0]}:{file.controller[1]}")
         spec = file.spec(rank, self.address, controller)
         parts = WorkerParts(memory, transfer, EngineThread(memory))
         self.service: Service = Service(spec, network, worker=parts)
         self.service.listeners.append(self._step)
+        self.service.listeners.append(StepLog(f"{file.instance}/{rank}").step)
 
     def _step(self, now: int, item: m.Input, effects: List[m.Effect]) -> None:
         for effect in effects:
@@ -116,6 +128,11 @@ class Local:
 
     async def start(self) -> None:
         await self.service.start()
+
+    def held(self) -> List[Held]:
+        """How full each location is."""
+        worker = cast(Worker, self.service.machine)
+        return [Held(name, len(pool.index), pool.slots) for name, pool in worker.pools.items()]
 
     async def ask(self, request: Any) -> Answer:
         try:
@@ -142,18 +159,20 @@ def refusal(instance: str, why: str, rest: str) -> str:
     return f"the controller refuses {instance}: {why}: it has {have}, this is {got}"
 
 
-def transport(name: str, memory: Memory, sink: int) -> Transfer:
+def transport(name: str, memory: Memory, sink: int, at: Tuple[str, int]) -> Transfer:
     """The named one; with ``auto`` the fastest that really starts. TransferError if there is none."""
     warning = respect(os.environ) if name != "tcp" else ""
     if warning:
         log.warning("%s", warning)
     try:
-        made = make(name, memory)
+        made = make(name, memory, at)
+    except AddressTaken:
+        raise
     except Exception as error:
         if name != "auto":
             raise TransferError(f"transport {name} cannot be had here: {error}") from error
         log.warning("NIXL does not start here (%s): TCP sockets are used", " ".join(str(error).split())[:200])
-        made = make("tcp", memory)
+        made = make("tcp", memory, at)
     tables = getattr(made, "tables", None)
     if tables is not None:
         tables.fd = sink
@@ -258,7 +277,7 @@ class Child:
 
 async def _serve(file: InstanceFile, rank: int, sink: int, sock: socket.socket) -> None:
     channel = await Channel.over(sock)
-    local = Local(file, rank, sink, channel.say, curve_of(file))
+    local = Local(file, rank, sink, channel.say, keys_of(file))
     await local.start()
     open_tasks: set[asyncio.Task[None]] = set()
 
@@ -275,11 +294,11 @@ async def _serve(file: InstanceFile, rank: int, sink: int, sock: socket.socket) 
     await local.stop()
 
 
-def curve_of(file: InstanceFile) -> Any:
+def keys_of(file: InstanceFile) -> Optional[Keys]:
     """What encrypts this instance's messages, if its file names keys."""
     if not file.keys:
         return None
-    return importlib.import_module("kvreal.keys").load(file.keys)
+    return load(file.keys)
 
 
 def die_with_parent(parent: int) -> None:
@@ -300,7 +319,7 @@ def main(argv: Sequence[str]) -> int:
         signal.signal(number, signal.SIG_IGN)  # rank 0 ends this process by hanging up
     sock = socket.socket(fileno=os.dup(0))
     _, sink = proof.redirect_stdout()
-    logging.basicConfig(level=logging.WARNING, format=f"rank {args.rank}: %(message)s")
+    configure()
     try:
         asyncio.run(_serve(read(args.config, args.model), args.rank, sink, sock))
     except Exception as error:

@@ -99,6 +99,7 @@ class Process:
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
+            env={**({"KVMOVE_LOG": "human"} if sys.stderr.isatty() else {}), **os.environ},
             start_new_session=True,  # Ctrl-C is this process's to pass on, in order
             preexec_fn=functools.partial(die_with_parent, os.getpid()),
         )
@@ -114,7 +115,8 @@ class Process:
                 continue
             self.last = text
             await self.lines.put(text)
-            self.say(text if shown else f"{self.name}: {text.removeprefix('kvmove: ')}")
+            # What is logged as JSON says itself whose it is.
+            self.say(text if shown or text.startswith("{") else f"{self.name}: {text.removeprefix('kvmove: ')}")
 
     async def until(self, ready: Callable[[str], bool], timeout_s: float) -> None:
         """Until it says something that is ``ready``. TopologyError if it ends first, or takes too long."""

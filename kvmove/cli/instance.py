@@ -45,14 +45,17 @@ def instance(
     if host not in LOOPBACK and not key:
         raise UserError(f"--host {host}: others could reach it; give --api-key-file, or listen at localhost")
     try:
+        from kvreal import logs
         from kvreal.instance import Settings, run
         from kvreal.instance_file import path_from, read
     except ImportError as error:
         raise RealUnavailable(f"an instance needs more ({error}): pip install 'kvmove[real,service]'") from None
     from kvmove.version import version_text
 
-    logging.basicConfig(level=logging.WARNING, format="kvmove: %(message)s")
+    logs.configure()
     file = read(path_from(config, os.environ), model)
+    if file.host not in LOOPBACK and not file.keys:
+        raise UserError(f"{file.path}: p2p_host: {file.host}: others could reach it; name kvmove.keys (`kvmove keys`)")
     if file.ignored:
         logging.getLogger("kvmove.instance").warning(
             "%s: ignored, they mean nothing here: %s", file.path, ", ".join(file.ignored)

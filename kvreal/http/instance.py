@@ -6,17 +6,18 @@ import hmac
 import json
 import time
 import uuid
-from typing import Any, AsyncIterator, Callable, Dict, Final, List, Optional, Tuple, Union
+from typing import Any, AsyncIterator, Callable, Dict, Final, Iterator, List, Optional, Tuple, Union
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
+from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 
 from kvreal.http.openai import CompletionBody, DetokenizeBody, TokenizeBody, choice, error, usage
-from kvreal.http.serving import RankGone, Served, Serving, cut
+from kvreal.http.serving import Held, RankGone, Served, Serving, cut
 
 MAX_BODY_BYTES: Final = 16 << 20
 OPEN: Final = frozenset({"/health", "/ping", "/version"})
@@ -64,6 +65,22 @@ class Metrics:
             self.refused.labels(self.model, served.why).inc()
         if served.wrong_bytes:
             self.wrong.inc()
+
+
+class Pools:
+    """A collector: what this instance's first rank holds, read when it is asked for."""
+
+    def __init__(self, held: Callable[[], List[Held]]) -> None:
+        self.held: Callable[[], List[Held]] = held
+
+    def collect(self) -> Iterator[Any]:
+        chunks = GaugeMetricFamily("kvmove_engine_pool_chunks", "Chunks that rank 0 holds.", labels=["location"])
+        slots = GaugeMetricFamily("kvmove_engine_pool_slots", "Chunks that rank 0 has room for.", labels=["location"])
+        for one in self.held():
+            chunks.add_metric([one.location], one.chunks)
+            slots.add_metric([one.location], one.slots)
+        yield chunks
+        yield slots
 
 
 class Face:
@@ -197,9 +214,12 @@ def make_app(
     warn: Callable[[str], None] = lambda text: None,
     api_key: str = "",
     version: str = "",
+    held: Optional[Callable[[], List[Held]]] = None,
 ) -> FastAPI:
-    """The application. ``healthy``: "" or why this instance cannot serve."""
+    """The application. ``healthy``: "" or why this instance cannot serve; ``held``: what its first rank holds."""
     face = Face(serving, healthy, warn)
+    if held is not None:
+        face.metrics.registry.register(Pools(held))
     app = FastAPI(title="kvmove instance", version=version or "0", summary=f"Synthetic engine of {face.model}")
 
     @app.middleware("http")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import itertools
-from typing import Any, Dict, Final, Iterator, List, Optional, Protocol, Sequence, Tuple
+from typing import Any, Dict, Final, Iterator, List, NamedTuple, Optional, Protocol, Sequence, Tuple
 
 import msgspec
 
@@ -29,6 +29,14 @@ class Rank(Protocol):
     """One rank's machine, here or in another process."""
 
     async def ask(self, request: Any) -> Answer: ...
+
+
+class Held(NamedTuple):
+    """How full a location is."""
+
+    location: str
+    chunks: int
+    slots: int
 
 
 class Served(msgspec.Struct, frozen=True):

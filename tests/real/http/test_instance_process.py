@@ -62,6 +62,9 @@ def test_two_ranks_store_and_use_and_end_together(tmp_path: Path) -> None:
         one.until_says("2 ranks")  # there is no controller: an engine needs none
         prompt = list(range(40))
         assert complete(port, prompt) == 0 and complete(port, prompt) == 40
+        metrics = httpx.get(f"http://localhost:{port}/metrics").text
+        assert 'kvmove_engine_pool_chunks{location="LocalCPUBackend"} 3.0' in metrics
+        assert 'kvmove_engine_pool_slots{location="LocalCPUBackend"} 32.0' in metrics
         (rank,) = ranks_of(one.process.pid)
         os.kill(rank, signal.SIGKILL)
         assert one.until_ends() == 1

@@ -100,11 +100,12 @@ curl -X POST http://localhost:9000/move \\
         "tokens": [128000, 849, 21435, 279, 26431, 315, 85748, 6636, 304, 4221, 4211, 13]
       }'
 """
-PORTS = (8000, 8001, 8002, 8200, 8201, 8202, 8203, 8300, 8400, 8500, 8501, 9000)
+KEPT = [21, 22, 23]
+PORTS = (8000, 8001, 8200, 8201, 8202, 8203, 8300, 8400, 8500, 8501, 9000)
 
 
 class Walk:
-    """The controller and both instances, started as the walkthrough has it: engines first."""
+    """The first engine, then the controller, then the second file verbatim, then with ``lmcache_instance_2`` in it."""
 
     def __init__(self, folder: Path, start: Callable[..., Command]) -> None:
         self.folder = folder
@@ -115,10 +116,21 @@ class Walk:
         second = INSTANCE_2.replace('"lmcache_instance_1"', '"lmcache_instance_2"')
         (folder / "instance2.yaml").write_text(self.here(second))
         self.first = self.instance("instance1.yaml", 8000)
-        self.second = self.instance("instance2.yaml", 8001)
         monitor = self.here('{"pull": 8300, "reply": 8400}')
         argv = ["controller", "--host", "localhost", "--port", str(self.port[9000]), "--monitor-ports", monitor]
         self.controller = start("controller", argv, {"PYTHONHASHSEED": "123"})
+        self.first.until_says("registered at")
+        self.complete(8000, KEPT)
+        self.before = self.instances()
+        self.refused = self.instance("verbatim.yaml", 8001)
+        self.refused_status = self.refused.until_ends()
+        self.after = self.instances()
+        self.second = self.instance("instance2.yaml", 8001)
+        self.second.until_says("registered at")
+
+    def instances(self) -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = httpx.get(f"{self.url(9000)}/instances").json()["instances"]
+        return found
 
     def here(self, text: str) -> str:
         return re.sub(r"\b[89]\d{3}\b", lambda found: str(self.port.get(int(found[0]), found[0])), text)
@@ -159,10 +171,7 @@ class Walk:
 def walk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Walk]:
     folder = tmp_path_factory.mktemp("walkthrough")
     with commands(folder) as start:
-        one = Walk(folder, start)
-        one.first.until_says("registered at")
-        one.second.until_says("registered at")
-        yield one
+        yield Walk(folder, start)
 
 
 def test_the_curl_lines_as_written(walk: Walk) -> None:
@@ -181,7 +190,7 @@ def test_the_curl_lines_as_written(walk: Walk) -> None:
     assert lookup["layout_info"] == {"lmcache_instance_2": ["LocalCPUBackend", len(ids)]}
 
 
-def test_the_literal_ids_move_twelve_tokens(walk: Walk) -> None:
+def test_prior_art_24_and_25_the_literal_ids_move_twelve_tokens_and_no_more_bytes(walk: Walk) -> None:
     assert walk.complete(8000, LITERAL) == 0
     moved = walk.curl(MOVE)
     assert moved["num_tokens"] == 12
@@ -207,26 +216,19 @@ def test_nothing_held_is_said(walk: Walk) -> None:
     assert (event["state"], event["reason"]) == ("failed", "nothing_held")
 
 
-def test_the_second_file_verbatim_is_refused_by_name_and_disturbs_nobody(walk: Walk) -> None:
-    kept = [21, 22, 23]
-    walk.complete(8000, kept)
-    before = httpx.get(f"{walk.url(9000)}/instances").json()["instances"]
-    # the second file's worker port is the running second instance's here: give it one of its own
-    verbatim = walk.folder / "verbatim.yaml"
-    verbatim.write_text(verbatim.read_text().replace(str(walk.port[8501]), str(free_ports(1)[0])))
-    refused = walk.instance("verbatim.yaml", 8002)
-    assert refused.until_ends() == 2
-    line = refused.text().strip().splitlines()[-1]
+def test_prior_art_27_the_second_file_verbatim_is_refused_by_name_and_disturbs_nobody(walk: Walk) -> None:
+    assert walk.refused_status == 2
+    line = walk.refused.text().strip().splitlines()[-1]
     assert "lmcache_instance_1" in line and f"127.0.0.1:{walk.port[8500]}" in line
     assert re.search(r"since \d{4}-\d\d-\d\d \d\d:\d\d:\d\d UTC", line)
-    assert "Traceback" not in refused.text()
-    after = httpx.get(f"{walk.url(9000)}/instances").json()["instances"]
-    assert [one["ranks"][0]["epoch"] for one in after] == [one["ranks"][0]["epoch"] for one in before]
+    assert "Traceback" not in walk.refused.text()
+    assert [one["instance_id"] for one in walk.after] == ["lmcache_instance_1"]
+    assert walk.after[0]["ranks"][0]["epoch"] == walk.before[0]["ranks"][0]["epoch"]
     assert httpx.get(f"{walk.url(8000)}/health").status_code == 200
-    assert walk.complete(8000, kept) == 3
+    assert walk.complete(8000, KEPT) == 3
 
 
-def test_the_controller_dies_and_the_instances_come_back_by_themselves(walk: Walk) -> None:
+def test_prior_art_19_the_controller_dies_and_the_instances_come_back_by_themselves(walk: Walk) -> None:
     prompt = [31, 32, 33, 34]
     walk.complete(8000, prompt)
     walk.controller.process.kill()
@@ -244,7 +246,7 @@ def test_the_controller_dies_and_the_instances_come_back_by_themselves(walk: Wal
     until(there, lambda: "the view did not converge: " + walk.controller.text())
 
     def both() -> bool:
-        return len(httpx.get(f"{walk.url(9000)}/instances").json()["instances"]) == 2
+        return len(walk.instances()) == 2
 
     until(both, lambda: "the second instance did not come back: " + walk.second.text())
     moved = walk.move(prompt)
