@@ -13,6 +13,7 @@ from typing import Any, Final
 
 import msgspec
 
+from kvcore.protocol.config import WorkerSpec
 from kvcore.scenario.build import Built
 from kvcore.scenario.client import ClientSpec
 from kvcore.scenario.result import Result
@@ -42,7 +43,7 @@ def schedules(built: Built, count: int) -> Iterator[Result]:
 
 def schedule(built: Built, number: int) -> Result:
     draw = random.Random(f"{built.seed}/schedule/{number}")
-    return run(_delayed(_late(built, draw), draw), profile=_profile(draw))
+    return run(_out_of_step(_delayed(_late(built, draw), draw), draw), profile=_profile(draw))
 
 
 def _profile(draw: random.Random) -> Profile:
@@ -85,6 +86,20 @@ def _delayed(built: Built, draw: random.Random) -> Built:
         )
         for _ in range(DELAYS)
     )
+    return msgspec.structs.replace(built, faults=(*built.faults, *faults))
+
+
+def _out_of_step(built: Built, draw: random.Random) -> Built:
+    """Processes do not start at one instant: each worker registers some time within a beat of the others, and beats as
+    much out of step with the workload from then on."""
+    config = built.config
+    faults = []
+    for spec in built.specs:
+        if isinstance(spec, WorkerSpec) and draw.random() < 0.5:
+            late_ns = round(draw.random() * config.beat_ns)
+            asked = 1 + late_ns // config.retry_ns
+            when = When(sent="Register", by=spec.name)
+            faults.append(Fault(when=when, delay=Duration.of_ns(max(1, late_ns)), times=asked))
     return msgspec.structs.replace(built, faults=(*built.faults, *faults))
 
 

@@ -151,7 +151,15 @@ class Host:
             item = message.input
             if isinstance(item, Boot) and isinstance(node.spec, WorkerSpec):
                 item = Boot(item.nonce, item.incarnation, item.journal, self.transfer.endpoint())
-            node.give(item)
+            if isinstance(item, Boot):
+                node.give(item)
+                for early in node.early:
+                    node.give(early)
+                node.early.clear()
+            elif node.booted:
+                node.give(item)
+            else:
+                node.early.append(item)
         elif isinstance(message, c.Book):
             self.network.book(message.addresses)
             if isinstance(node.spec, WorkerSpec):

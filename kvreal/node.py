@@ -70,6 +70,7 @@ class Node:
         self.overtaken: Dict[str, List[Wire]] = {}
         self.copies: List[CopyRecord] = []
         self.booted: bool = False
+        self.early: List[m.Input] = []  # given before its Boot: a fault may strike while others are still booted
         self.inputs: int = 0
         parts.engine.begin()
         self.effects: Dict[Any, Callable[[Any], None]] = {

@@ -69,6 +69,8 @@ class Session:
         self._until(lambda: all(seat.up for seat in self.seats.values()), START_TIMEOUT_S, "start")
         self.publish()
         for seat in self.seats.values():
+            if seat.life > 1:
+                continue  # a fault has killed it meanwhile: its next life is booted once it is bound
             self._boot(seat)
             self._heard_out(seat)  # one after the other, so that they register in the order in which they are written
 
