@@ -7,6 +7,7 @@ changes nothing. Sends never wait: a message that cannot be queued is dropped an
 
 from __future__ import annotations
 
+import ipaddress
 import logging
 import re
 import socket
@@ -71,7 +72,12 @@ def endpoint_of(text: str) -> str:
 
 
 def is_loopback(host: str) -> bool:
-    return host in ("localhost", "::1", "[::1]") or host.startswith("127.")
+    """Not by its first letters: ``127.example.org`` may be anywhere."""
+    bare = host.removeprefix("[").removesuffix("]")
+    try:
+        return bare == "localhost" or ipaddress.ip_address(bare).is_loopback
+    except ValueError:
+        return False
 
 
 class Header(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):

@@ -70,8 +70,6 @@ def read_tokens(path: Path) -> Tokens:
         raise TokensError(f"{path}: cannot read the tokens: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise TokensError(f"{path}: is no text file of tokens") from error
-    if mode & 0o004:
-        log.warning("%s: everyone on this machine can read it: chmod 600 is safer", path)
     roles: Dict[bytes, str] = {}
     for number, line in enumerate(lines, 1):
         words = line.split()
@@ -92,6 +90,8 @@ def read_tokens(path: Path) -> Tokens:
         roles[_digest(token)] = role
     if not roles:
         raise TokensError(f"{path}: no tokens, expected lines of a role and a token")
+    if mode & 0o004:
+        log.warning("%s: everyone on this machine can read it: chmod 600 is safer", path)
     return Tokens(roles)
 
 
