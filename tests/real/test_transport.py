@@ -171,8 +171,7 @@ def test_after_an_abort_nothing_lands(pair: Pair, read: bool) -> None:
 def test_every_copy_ends_by_its_deadline(pair: Pair, read: bool) -> None:
     pair.copy(read, [(0, 0)], fate={"stuck": True}, copy_max_ns=SECOND // 5)
     pair.mover(read).tell("take", wait_s=0.3)  # the loop that looks at deadlines
-    pair.mover(read).answer()
-    ended = pair.mover(read).ended(5)
+    ended = pair.mover(read).answer() or pair.mover(read).ended(5)
     assert [e["state"] for e in ended] == ["failed"] and "copy_max_ns" in ended[0]["why"]
 
 
@@ -224,7 +223,9 @@ def test_a_window_closes_when_its_writer_has_stopped_and_stays_closed(pair: Pair
 def test_closing_a_window_stops_reads_from_that_peer_too(pair: Pair) -> None:
     pair.copy(True, [(0, 0)], fate={"stuck": True})
     pair.b.ask("close", peer="a/0", epoch=1)
-    found = pair.b.ended() + pair.b.ask("take", wait_s=0.0)
+    found = pair.b.ended()
+    if len(found) < 2:  # they may be taken together, or one after the other
+        found += pair.b.ended()
     assert [item["what"] for item in found] == ["Ended", "WindowShut"]
     assert found[0]["state"] == "stopped"
 
