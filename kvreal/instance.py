@@ -26,6 +26,8 @@ log = logging.getLogger("kvmove.instance")
 GOOD: Final = 0
 FAILED: Final = 1
 REFUSED: Final = 2
+PATIENCE_S: Final = 5.0
+"""How long the controller may take before somebody is told that it has not been heard."""
 
 
 class InstanceError(Exception):
@@ -145,11 +147,16 @@ class Instance:
             await self.local.start()
             if not self.why:
                 self.say(self.line(sock.getsockname()[1]))
+                loop.call_later(PATIENCE_S, self._still_waiting)
                 await self.server.serve(sockets=[sock])
         finally:
             sock.close()
             await asyncio.gather(self.local.stop(), *[child.stop() for child in self.children])
         return self.status
+
+    def _still_waiting(self) -> None:
+        if not self.ever and not self.why:
+            log.warning("no word yet from the controller at %s:%d; serving meanwhile", *self.file.controller)
 
     def _signalled(self) -> None:
         if self.server is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 from pathlib import Path
@@ -13,6 +14,8 @@ pytest.importorskip("zmq")
 
 import httpx
 
+import kvmove
+from kvmove.client import Refused
 from tests.conftest import children
 from tests.real.http.processes import Command, commands, free_ports, until
 
@@ -100,6 +103,40 @@ def test_what_cannot_start_is_one_line(tmp_path: Path) -> None:
         assert holder.stop() == 0
 
 
+KEYED = """\
+chunk_size: 16
+enable_controller: true
+lmcache_instance_id: {name}
+controller_pull_url: localhost:{pull}
+kvmove: {{bytes_per_token: 4 KiB, locations: {{LocalCPUBackend: 1 MiB}}, transport: tcp, keys: {keys}}}
+"""
+
+
+def test_with_keys_everything_moves_and_who_has_none_is_not_heard(tmp_path: Path) -> None:
+    port, pull, reply, a, b, c = free_ports(6)
+    with commands(tmp_path) as start:
+        assert start("keys", ["keys", "new", "ctl"]).until_ends() == 0
+        assert start("keys2", ["keys", "add", "ctl", "worker", "--name", "w"]).until_ends() == 0
+        monitor = f'{{"pull": {pull}, "reply": {reply}}}'
+        argv = ["controller", "--port", str(port), "--monitor-ports", monitor, "--keys", "ctl"]
+        start("controller", argv).until_says("controller: http://")
+        for name, keys, at in (("a", "ctl", a), ("b", "worker", b), ("c", '""', c)):
+            (tmp_path / f"{name}.yaml").write_text(KEYED.format(name=name, pull=pull, keys=keys))
+            started = start(name, ["instance", "--config", f"{name}.yaml", "--port", str(at)])
+            started.until_says("c: http://" if name == "c" else "registered at")
+        prompt = list(range(40))
+        assert complete(a, prompt) == 0 and complete(c, prompt) == 0
+        place = ["LocalCPUBackend"]
+        body = {"old_position": ["a", *place], "new_position": ["b", *place], "tokens": prompt}
+        moved = httpx.post(f"http://localhost:{port}/move", json=body, timeout=30).json()
+        assert moved["num_tokens"] == 40
+        event = httpx.get(f"http://localhost:{port}/events/{moved['event_id']}/wait", timeout=60).json()
+        assert event["state"] == "done", event
+        assert complete(b, prompt) == 40
+        known = [one["instance_id"] for one in httpx.get(f"http://localhost:{port}/instances").json()["instances"]]
+        assert known == ["a", "b"]
+
+
 def up(tmp_path: Path, start: object) -> tuple[Command, int, int]:
     (tmp_path / "t.yaml").write_text(TOPOLOGY)
     port, a = free_ports(2)
@@ -133,10 +170,31 @@ def test_up_starts_a_topology_and_ctrl_c_ends_it_cleanly(tmp_path: Path) -> None
             assert moved.until_ends() == 0, moved.text()
             assert "done: 100 tokens" in moved.text() and f"over {via}" in moved.text()
         assert complete(ports["b"], prompt) == 100
+        asyncio.run(library_moves_it_on(f"http://localhost:{port}", prompt))
+        assert complete(ports["a"], prompt) == 100
         processes = ranks_of(one.process.pid)
         assert len(processes) == 3
         assert one.stop(signal.SIGINT) == 0
         assert "Traceback" not in one.text() and all(gone(pid) for pid in processes)
+
+
+async def library_moves_it_on(url: str, prompt: list[int]) -> None:
+    """From b's disk to a's memory, and within b to its memory, by both clients."""
+    disk, memory = ("b", "LocalDiskBackend"), ("b", "LocalCPUBackend")
+    async with kvmove.AsyncClient(url) as both:
+        event_id, num_tokens = await both.move(disk, memory, prompt, copy=True)
+        assert num_tokens == 100 and (await both.wait(event_id))["state"] == "done"
+        assert (await both.lookup(prompt))["locations"] == {
+            "b": {"LocalDiskBackend": 100, "LocalCPUBackend": 100}
+        }
+        with pytest.raises(Refused, match="unknown location") as caught:
+            await both.move(disk, ("a", "nowhere"), prompt)
+        assert caught.value.status == 404
+    with kvmove.Client(url, retry_s=5) as one:
+        event_id, num_tokens = one.move(disk, ("a", "LocalCPUBackend"), prompt)
+        assert num_tokens == 100 and one.wait(event_id)["state"] == "done"
+        assert one.event(event_id)["ranks"][1]["deleted"] == 7
+        assert [event["event_id"] for event in one.events(limit=1)] == [event_id]
 
 
 def sorted_names(lines: list[str]) -> list[str]:

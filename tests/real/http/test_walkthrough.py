@@ -110,6 +110,7 @@ class Walk:
     def __init__(self, folder: Path, start: Callable[..., Command]) -> None:
         self.folder = folder
         self.start = start
+        self.started = 0
         self.port = dict(zip(PORTS, free_ports(len(PORTS))))
         (folder / "instance1.yaml").write_text(self.here(INSTANCE_1))
         (folder / "verbatim.yaml").write_text(self.here(INSTANCE_2))
@@ -138,7 +139,8 @@ class Walk:
     def instance(self, file: str, port: int) -> Command:
         env = {"PYTHONHASHSEED": "123", "UCX_TLS": "rc", "CUDA_VISIBLE_DEVICES": "0", "LMCACHE_CONFIG_FILE": file}
         argv = ["instance", "--engine", "synthetic", "--port", str(self.port[port])]
-        return self.start(f"{file}-{port}", argv, env)
+        self.started += 1
+        return self.start(f"{file}-{self.started}", argv, env)
 
     def curl(self, text: str) -> Any:
         quiet = self.here(text).replace("curl ", "curl -sS ")
@@ -251,6 +253,25 @@ def test_prior_art_19_the_controller_dies_and_the_instances_come_back_by_themsel
     until(both, lambda: "the second instance did not come back: " + walk.second.text())
     moved = walk.move(prompt)
     assert moved["num_tokens"] == 4 and walk.ended(moved["event_id"])["state"] == "done"
+
+
+def test_an_engine_that_is_killed_comes_back_as_a_new_life(walk: Walk) -> None:
+    prompt = [41, 42, 43]
+    walk.complete(8000, prompt)
+    old = walk.instances()[0]["ranks"][0]["epoch"]
+    walk.first.process.kill()
+    walk.first.until_ends()
+    walk.first = walk.instance("instance1.yaml", 8000)
+    walk.first.until_says("registered at")
+
+    def new_life() -> bool:
+        ranks = [one["ranks"][0] for one in walk.instances() if one["instance_id"] == "lmcache_instance_1"]
+        return bool(ranks) and ranks[0]["epoch"] != old
+
+    until(new_life, lambda: "the controller does not believe the new one: " + walk.first.text())
+    assert walk.move(prompt)["num_tokens"] == 0  # nothing of the old life is believed
+    assert walk.complete(8000, prompt) == 0
+    assert walk.move(prompt)["num_tokens"] == 3
 
 
 def test_told_to_stop_each_ends_with_status_0(walk: Walk) -> None:
