@@ -1,0 +1,475 @@
+"""Keys: only peers deliver a frame, only they touch memory, and what strangers say is not even decoded."""
+
+from __future__ import annotations
+
+import ast
+import pickle
+import re
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+import zmq
+
+from kvcore.protocol.config import WorkerSpec
+from kvcore.protocol.machine import StartCopy
+from kvcore.protocol.messages import Alive, Location, Namespace
+from kvreal import keys as key_files
+from kvreal.endpoints import EndpointError, Endpoints, Header
+from kvreal.engines.thread import EngineThread
+from kvreal.keys import Keys, KeysError, load
+from kvreal.memory import Memory
+from kvreal.service import Service, WorkerParts
+from kvreal.transfer.base import Copy, Ended, Fate
+from kvreal.transfer.frames import Challenge, Sealed, read_message, send_message
+from kvreal.transfer.tcp import TcpTransfer
+from kvreal.transfer.window import Grant, Hello, Info, TransferError, open_window
+from tests.real.http.cluster import QUICK, ROOT, Cluster, Controller, Workers, eventually
+
+pytestmark = pytest.mark.real
+MESSAGE = Alive(1, 2, 3)
+
+
+@pytest.fixture
+def mine(tmp_path: Path) -> Path:
+    key_files.new(tmp_path / "mine", "first")
+    return tmp_path / "mine"
+
+
+# ---- files
+def test_new_makes_keys_that_only_their_owner_can_use(tmp_path: Path) -> None:
+    made = key_files.new(tmp_path / "k", "first")
+    names = [str(path.relative_to(tmp_path / "k")) for path in made]
+    assert names == ["cluster.public", "cluster.secret", "node.public", "node.secret", "peers/first.public"]
+    for path in made:
+        others = path.stat().st_mode & 0o077
+        assert others == 0 or path.suffix == ".public", path
+    with pytest.raises(KeysError, match="has keys already"):
+        key_files.new(tmp_path / "k", "second")
+
+
+def test_add_makes_a_node_that_the_others_hear(mine: Path, tmp_path: Path) -> None:
+    key_files.add(mine, tmp_path / "other", "gpu7")
+    other = load(tmp_path / "other")
+    assert other.cluster == load(mine).cluster
+    assert other.node != load(mine).node
+    assert sorted(load(mine).peers.names().values()) == ["first", "gpu7"]
+    assert sorted(other.peers.names().values()) == ["first", "gpu7"]
+    assert other.window_secret() == load(mine).window_secret()
+    with pytest.raises(KeysError, match="is there already"):
+        key_files.add(mine, tmp_path / "third", "gpu7")
+    with pytest.raises(KeysError, match="expected a node's name"):
+        key_files.add(mine, tmp_path / "third", "../gpu8")
+
+
+@pytest.mark.parametrize(
+    "spoil, words",
+    [
+        (lambda path: (path / "cluster.secret").chmod(0o644), "everyone on this machine can use it"),
+        (lambda path: (path / "node.secret").unlink(), "cannot read the key: No such file"),
+        (lambda path: (path / "node.public").write_text("hello"), "is no key, expected 40 characters"),
+        (lambda path: (path / "node.public").write_bytes(zmq.curve_keypair()[0]), "does not belong to node.secret"),
+        (lambda path: (path / "peers" / "first.public").unlink(), "no *.public in it, so nobody would be heard"),
+    ],
+)
+def test_bad_keys_are_one_line(mine: Path, spoil: Callable[[Path], None], words: str) -> None:
+    spoil(mine)
+    with pytest.raises(KeysError) as error:
+        load(mine)
+    assert words in str(error.value)
+    assert "\n" not in str(error.value)
+    secret = (mine / "cluster.secret").read_text().strip()
+    assert secret not in str(error.value)
+
+
+def test_beyond_this_machine_a_node_needs_keys() -> None:
+    with pytest.raises(EndpointError, match=r"0.0.0.0:0: others could reach it; give keys"):
+        Endpoints("0.0.0.0:0")
+
+
+# ---- messages
+class Sender:
+    """Sends a well-formed frame to a node, with whatever keys it has."""
+
+    def __init__(self, node: Endpoints, setup: Callable[[zmq.Socket[bytes]], None]) -> None:
+        self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self.sock = self.context.socket(zmq.PUSH)
+        self.sock.setsockopt(zmq.LINGER, 0)
+        self.monitor = self.sock.get_monitor_socket()
+        setup(self.sock)
+        self.sock.connect(f"tcp://{node.address}")
+        header = msgspec.msgpack.encode(Header(node.cluster, "127.0.0.1:1", node.address))
+        self.sock.send_multipart([header, msgspec.msgpack.encode(MESSAGE)])
+
+    def until_refused(self, timeout_s: float = 10.0) -> None:
+        """The handshake has failed, or the connection was ended, at least once."""
+        until = time.monotonic() + timeout_s
+        bad = (
+            zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
+            | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | zmq.EVENT_CONNECT_RETRIED
+        )  # fmt: skip
+        while time.monotonic() < until:
+            if self.monitor.poll(100):
+                event, _ = struct.unpack("=hi", self.monitor.recv_multipart()[0])
+                if event & bad:
+                    return
+        raise AssertionError("was not refused")
+
+    def close(self) -> None:
+        self.sock.disable_monitor()
+        self.context.destroy(linger=0)
+
+
+def received(node: Endpoints) -> list[tuple[str, object]]:
+    found = []
+    while True:
+        some, more = node.receive()
+        found += some
+        if not more:
+            return found
+
+
+def curve(server: bytes, pair: tuple[bytes, bytes]) -> Callable[[zmq.Socket[bytes]], None]:
+    def setup(sock: zmq.Socket[bytes]) -> None:
+        sock.setsockopt(zmq.CURVE_SERVERKEY, server)
+        sock.setsockopt(zmq.CURVE_PUBLICKEY, pair[0])
+        sock.setsockopt(zmq.CURVE_SECRETKEY, pair[1])
+
+    return setup
+
+
+def test_only_peers_deliver_a_frame(mine: Path, tmp_path: Path) -> None:
+    """In the clear, with an unknown key, with another cluster's, by PLAIN: nothing arrives. A peer's frame does."""
+    key_files.new(tmp_path / "foreign", "first")
+    foreign = load(tmp_path / "foreign")
+    known = load(mine)
+    node = Endpoints("127.0.0.1:0", curve=known)
+    peer = Endpoints("127.0.0.1:0", curve=load(mine))
+
+    def plain(sock: zmq.Socket[bytes]) -> None:
+        sock.setsockopt(zmq.PLAIN_USERNAME, b"admin")
+        sock.setsockopt(zmq.PLAIN_PASSWORD, b"admin")
+
+    strangers = {
+        "in the clear": lambda sock: None,
+        "plain": plain,
+        "unknown client key": curve(known.cluster[0], zmq.curve_keypair()),
+        "another cluster's client": curve(known.cluster[0], foreign.node),
+        "another cluster's server key": curve(foreign.cluster[0], known.node),
+    }
+    try:
+        for what, setup in strangers.items():
+            stranger = Sender(node, setup)
+            try:
+                stranger.until_refused()
+                assert received(node) == [], what
+            finally:
+                stranger.close()
+        assert all(count == 0 for name, count in node.counters.items() if name.startswith("frames_")), node.counters
+        assert peer.send(node.address, MESSAGE)
+        found: list[tuple[str, object]] = []
+        eventually(lambda: found.extend(received(node)) or found)
+        assert found == [(peer.address, MESSAGE)]
+    finally:
+        peer.close()
+        node.close()
+
+
+def test_a_node_does_not_speak_to_who_has_not_the_clusters_secret(mine: Path, tmp_path: Path) -> None:
+    """A listener that pretends to be a node gets no frame: its own server key is not the cluster's."""
+    key_files.new(tmp_path / "foreign", "first")
+    (tmp_path / "foreign" / "peers" / "victim.public").write_bytes((mine / "node.public").read_bytes())
+    impostor = Endpoints("127.0.0.1:0", curve=load(tmp_path / "foreign"))
+    clear = Endpoints("127.0.0.1:0")
+    peer = Endpoints("127.0.0.1:0", curve=load(mine))
+    node = Endpoints("127.0.0.1:0", curve=load(mine))
+    try:
+        for other in (impostor, clear, node):
+            peer.send(other.address, MESSAGE)
+        eventually(lambda: received(node))
+        assert received(impostor) == received(clear) == []
+    finally:
+        for one in (impostor, clear, peer, node):
+            one.close()
+
+
+def test_a_peer_that_is_taken_out_is_refused_from_its_next_handshake_on(mine: Path, tmp_path: Path) -> None:
+    node = Endpoints("127.0.0.1:0", curve=load(mine))
+    try:
+        key_files.add(mine, tmp_path / "other", "gpu7")  # the node is running: it looks anew
+        other = load(tmp_path / "other")
+        peer = Endpoints("127.0.0.1:0", curve=other)
+        peer.send(node.address, MESSAGE)
+        eventually(lambda: received(node))
+        peer.close()
+        (mine / "peers" / "gpu7.public").unlink()
+        stranger = Sender(node, curve(other.cluster[0], other.node))
+        stranger.until_refused()
+        assert received(node) == []
+        stranger.close()
+    finally:
+        node.close()
+
+
+def test_a_node_with_keys_ends_at_once_and_can_be_made_again(mine: Path) -> None:
+    for _ in range(20):
+        begun = time.monotonic()
+        node = Endpoints("127.0.0.1:0", curve=load(mine))
+        peer = Endpoints("127.0.0.1:0", curve=load(mine))
+        peer.send(node.address, MESSAGE)
+        eventually(lambda node=node: received(node))
+        peer.send_off()
+        node.close()
+        assert time.monotonic() - begun < 5
+    assert not [thread for thread in threading.enumerate() if thread.name == "doorkeeper" and not _ending(thread)]
+
+
+def _ending(thread: threading.Thread) -> bool:
+    thread.join(5)
+    return not thread.is_alive()
+
+
+# ---- copies
+class Side:
+    """A process's memory and transport, with a location A of four slots."""
+
+    def __init__(self, address: str, secret: bytes) -> None:
+        self.memory = Memory()
+        self.memory.lay_out([("A", 4)], 4096)
+        self.transfer = TcpTransfer(self.memory)
+        self.transfer.windows.secret = secret
+        self.transfer.begin("kvmove", address)
+        self.transfer.set_epoch(1)
+
+    def fill(self, value: int) -> None:
+        self.memory.put("A", 0, np.full(4096, value, dtype=np.uint8))
+
+    def first(self) -> int:
+        return int(self.memory.get("A", 0, 4096)[0])
+
+    def read_from(self, peer: Side) -> Ended:
+        effect = StartCopy((1, time.monotonic_ns()), True, peer.transfer.address, 1, "A", (0,), "A", (0,), (4096,))
+        self.transfer.start(Copy(effect, peer.transfer.endpoint(), 1, 1, 10**10, Fate()))
+        found: list[object] = []
+        eventually(lambda: found.extend(self.transfer.take()) or found)
+        ended = found[0]
+        assert isinstance(ended, Ended)
+        return ended
+
+
+@pytest.fixture
+def sides() -> Iterator[Callable[[str, bytes], Side]]:
+    made: list[Side] = []
+
+    def make(address: str, secret: bytes) -> Side:
+        made.append(Side(address, secret))
+        return made[-1]
+
+    yield make
+    for side in made:
+        side.transfer.stop()
+
+
+@pytest.mark.parametrize(
+    "reader, holder, state",
+    [
+        (b"s" * 32, b"s" * 32, "done"),
+        (b"", b"", "done"),
+        (b"x" * 32, b"s" * 32, "failed"),
+        (b"", b"s" * 32, "failed"),
+    ],
+)
+def test_memory_is_granted_to_who_has_the_secret(
+    sides: Callable[[str, bytes], Side], reader: bytes, holder: bytes, state: str
+) -> None:
+    a = sides("a", holder)
+    b = sides("b", reader)
+    a.fill(7)
+    ended = b.read_from(a)
+    assert ended.state == state, ended
+    assert (b.first() == 7) == (state == "done")
+    eventually(lambda: a.transfer.windows.refused == (0 if state == "done" else 1))
+
+
+def test_a_recorded_hello_opens_nothing(sides: Callable[[str, bytes], Side]) -> None:
+    """Replayed byte for byte on a new connection: the nonce is another, so the proof is wrong."""
+    a = sides("a", b"s" * 32)
+    port = a.transfer.windows.port
+    hello = Hello("kvmove", "read", "b", 1, "a", 1, "A", ((0, 4096),))
+    tapped: list[bytes] = []
+
+    class Tap(socket.socket):
+        def sendall(self, data: bytes, flags: int = 0) -> None:  # type: ignore[override]
+            tapped.append(bytes(data))
+            super().sendall(data, flags)
+
+    with Tap() as sock:
+        sock.connect(("127.0.0.1", port))
+        assert open_window(sock, hello, b"s" * 32).ok
+    with socket.create_connection(("127.0.0.1", port)) as sock:
+        read_message(sock)
+        sock.sendall(tapped[0])
+        with pytest.raises(ConnectionError):
+            read_message(sock)
+    eventually(lambda: a.transfer.windows.refused == 1)
+
+
+class Bomb:
+    went_off = False
+
+    def __reduce__(self) -> tuple[Callable[[], None], tuple[()]]:
+        return (_go_off, ())
+
+
+def _go_off() -> None:
+    Bomb.went_off = True
+
+
+def test_metadata_of_who_has_not_the_secret_is_never_looked_at() -> None:
+    """NIXL's Python API unpickles a peer's metadata, so a stranger must not get that far: its answer is not decoded."""
+    info = Info(1, 1, "agent", pickle.dumps(Bomb()), (), 0)
+    grant = msgspec.msgpack.encode(Grant(True, "", info))
+    hello = Hello("kvmove", "read", "b", 1, "a", 1)
+    sealed = msgspec.msgpack.encode(Sealed(b"n" * 32, grant, b"p" * 32))
+    challenge = msgspec.msgpack.encode(Challenge(b"n" * 32))
+    for answers in ([grant], [challenge, grant], [challenge, sealed], [msgspec.msgpack.encode(Challenge(b"short"))]):
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            for answer in answers:
+                send_message(theirs, answer)
+            with pytest.raises(TransferError):
+                open_window(ours, hello, b"s" * 32)
+    assert not Bomb.went_off
+
+
+def test_garbage_at_a_window_is_refused_and_does_no_harm(sides: Callable[[str, bytes], Side]) -> None:
+    for secret in (b"", b"s" * 32):
+        a = sides("a", secret)
+        b = sides("b", secret)
+        a.fill(9)
+        garbage = [
+            b"", b"\x00", b"GET / HTTP/1.1\r\n\r\n", struct.pack("<I", 1 << 31), struct.pack("<I", 3) + b"abc",
+            struct.pack("<I", 100) + b"short", struct.pack("<I", 6) + b"\x81\xa1\xff\xa1\xff\xc0",
+            struct.pack("<I", len(pickle.dumps(Bomb()))) + pickle.dumps(Bomb()),
+        ]  # fmt: skip
+        for data in garbage:
+            with socket.create_connection(("127.0.0.1", a.transfer.windows.port)) as sock:
+                sock.sendall(data)
+        count = len(garbage)
+        eventually(lambda a=a, count=count: a.transfer.windows.refused == count)
+        assert b.read_from(a).state == "done"
+        assert b.first() == 9
+    assert not Bomb.went_off
+
+
+def test_those_who_connect_and_say_nothing_are_bounded(
+    sides: Callable[[str, bytes], Side], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kvreal.transfer.window.MAX_STRANGERS", 4)
+    a = sides("a", b"")
+    silent = [socket.create_connection(("127.0.0.1", a.transfer.windows.port)) for _ in range(10)]
+    try:
+        eventually(lambda: a.transfer.windows.refused == 6)
+        assert a.transfer.windows.strangers == 4
+    finally:
+        for sock in silent:
+            sock.close()
+    eventually(lambda: a.transfer.windows.strangers == 0)
+    a.fill(3)
+    b = sides("b", b"")
+    assert b.read_from(a).state == "done"
+
+
+# ---- all of it at once
+class KeyedWorkers(Workers):
+    def __init__(self, controller: str, keys: Keys) -> None:
+        super().__init__(controller)
+        self.keys = keys
+
+    async def _start(self, instance: str, rank: int, space: Namespace, slots: int, places: object) -> Service:
+        network = Endpoints("127.0.0.1:0", curve=self.keys)
+        memory = Memory()
+        memory.lay_out([("LocalCPUBackend", slots)], space.chunk_tokens * space.bytes_per_token, slots)
+        transfer = TcpTransfer(memory)
+        transfer.windows.secret = self.keys.window_secret()
+        transfer.begin("kvmove", network.address)
+        places_ = (Location("LocalCPUBackend", slots),)
+        spec = WorkerSpec(network.address, instance, rank, self.controller, space, places_, QUICK)
+        service = Service(spec, network, worker=WorkerParts(memory, transfer, EngineThread(memory)))
+        await service.start()
+        return service
+
+
+def test_a_move_with_keys_and_a_worker_without_them_is_not_heard(mine: Path, tmp_path: Path) -> None:
+    controller = Controller(tmp_path, "--keys", str(mine))
+    controller.start()
+    found = Cluster(controller, KeyedWorkers(f"127.0.0.1:{controller.pull}", load(mine)))
+    strange = Workers(f"127.0.0.1:{controller.pull}")
+    try:
+        strange.add("z")
+        found.workers.add("a", ranks=2)
+        found.workers.add("b", ranks=2)
+        found.known("a", "b")
+        tokens = list(range(300))
+        found.stored("a", tokens)
+        answer = controller.move("a", "b", tokens)
+        assert answer.status_code == 200, answer.text
+        assert controller.ended(answer.json()["event_id"])["state"] == "done"
+        assert (found.workers.use("a", tokens), found.workers.use("b", tokens)) == (0, 300)
+        assert controller.instances() == ["a", "b"]
+    finally:
+        strange.close()
+        found.close()
+
+
+# ---- pickle
+UNSAFE = re.compile(r"^(pickle|cPickle|dill|cloudpickle|marshal|shelve|jsonpickle)$")
+UNSAFE_CALLS = frozenset({"send_pyobj", "recv_pyobj", "eval", "exec", "unsafe_load", "full_load"})
+
+
+OFFLINE = ("kvcore/scenario/search/", "kvcore/scenario/world.py")
+"""They search schedules in one process, and copy machines in its memory; no service has them."""
+
+
+def test_nothing_of_ours_unpickles() -> None:
+    """No import of pickle or its kin in what can run in a service, and no call that hides one."""
+    found: list[str] = []
+    for package in ("kvcore", "kvreal", "kvmove"):
+        for path in sorted((ROOT / package).rglob("*.py")):
+            name = str(path.relative_to(ROOT))
+            if not name.startswith(OFFLINE):
+                found += [f"{name}:{line}" for line in _unsafe(path)]
+    assert found == []
+
+
+def _unsafe(path: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names = [alias.name.partition(".")[0] for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [(node.module or "").partition(".")[0]]
+        elif isinstance(node, ast.Call):
+            name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+            if name in UNSAFE_CALLS:
+                yield f"{node.lineno}: {name}()"
+            continue
+        else:
+            continue
+        yield from (f"{node.lineno}: {name}" for name in names if UNSAFE.match(name))
+
+
+def test_no_service_has_what_unpickles_offline() -> None:
+    code = (
+        "import sys, kvreal.controller, kvreal.instance, kvreal.rank, kvmove.cli;"
+        "print([name for name in sys.modules if name.startswith(('kvcore.scenario.search', 'kvcore.scenario.world'))])"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (ended.stdout.strip(), ended.returncode) == ("[]", 0), ended.stderr
