@@ -12,6 +12,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.utils import get_openapi
 from fastapi.responses import Response, StreamingResponse
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 
 from kvreal.http import models as b
 from kvreal.http.face import Face
@@ -73,7 +74,7 @@ async def body_of(request: Request, kind: Callable[[bytes], T], limit: int) -> T
             raise Refused(refusal("too_large", f"the body has more than {limit} bytes"))
     try:
         return kind(bytes(data))
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         text, field = split_error(str(error))
         raise Refused(refusal("bad_body", f"{field}: {text}" if field else text, field=field)) from None
 
@@ -89,7 +90,20 @@ def _responses(good: Optional[str], *codes: int, kind: str = "application/json")
 
 def _takes(*bodies: str) -> Dict[str, Any]:
     refs = [{"$ref": f"#/components/schemas/{body}"} for body in bodies]
-    return {"requestBody": {"required": True, "content": {"application/json": {"schema": refs[0]}}}}
+    schema = refs[0] if len(refs) == 1 else {"oneOf": refs}
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+
+
+class _Renews(msgspec.Struct, frozen=True):
+    event_id: Any = None
+
+
+def _lease(data: bytes) -> Union[b.LeaseBody, b.RenewBody]:
+    """A renewal names an event."""
+    renews = msgspec.json.decode(data, type=_Renews).event_id is not None
+    kind: Any = b.RenewBody if renews else b.LeaseBody
+    body: Union[b.LeaseBody, b.RenewBody] = msgspec.json.decode(data, type=kind)
+    return body
 
 
 Handler = Callable[[Face, Any, Request], Awaitable[Reply]]
@@ -125,7 +139,7 @@ POSTS: Final[Tuple[Tuple[str, str, Any, str, Tuple[int, ...], str, Handler], ...
         lambda face, body, request: face.unpin(body),
     ),
     (
-        "/lease", "move", b.LeaseBody, "LeaseReply", (404, 409, 504),
+        "/lease", "move", _lease, "LeaseReply", (404, 409, 504),
         "Keep the longest held prefix for some seconds, or begin an earlier lease's time again.",
         lambda face, body, request: face.lease(body),
     ),
@@ -192,13 +206,35 @@ def create_app(
     return app
 
 
+def _whole(value: Any) -> Any:
+    """12.0 is an integer in JSON; it is none to msgspec."""
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    if isinstance(value, list):
+        return [_whole(item) for item in value]
+    if isinstance(value, dict):
+        return {name: _whole(item) for name, item in value.items()}
+    return value
+
+
 def _post(app: FastAPI, face: Face, path: str, kind: Any, handler: Handler, limit: int, **options: Any) -> None:
-    decode = msgspec.json.Decoder(kind).decode
+    lease = kind is _lease
+    strict = _lease if lease else msgspec.json.Decoder(kind).decode
+
+    def decode(data: bytes) -> Any:
+        try:
+            return strict(data)
+        except msgspec.ValidationError as error:
+            if "Expected `int`, got `float`" not in str(error):
+                raise
+            return strict(_encode(_whole(msgspec.json.decode(data))))
+
+    names = ("LeaseBody", "RenewBody") if lease else (kind.__name__,)
 
     async def endpoint(request: Request) -> Response:
         return respond(await handler(face, await body_of(request, decode, limit), request))
 
-    app.post(path, openapi_extra=_takes(kind.__name__), response_model=None, **options)(endpoint)
+    app.post(path, openapi_extra=_takes(*names), response_model=None, **options)(endpoint)
 
 
 def _gets(app: FastAPI, face: Face, allowed: Callable[[str], List[Any]]) -> None:
@@ -301,7 +337,20 @@ def _errors(app: FastAPI) -> None:
         words = {401: "unauthenticated", 403: "forbidden", 404: "unknown_path", 405: "method_not_allowed"}
         reason = words.get(error.status_code, "error")
         body = b.ErrorReply(reason=reason, detail=str(error.detail))
-        return respond(Reply(error.status_code, body, dict(error.headers or {})))
+        headers = dict(error.headers or {})
+        if error.status_code == 405:
+            headers["Allow"] = ", ".join(_methods(app, request))
+        return respond(Reply(error.status_code, body, headers))
+
+
+def _methods(app: FastAPI, request: Request) -> List[str]:
+    """All that this path knows, whichever of its routes knows it."""
+    found: Dict[str, None] = {}
+    for route in app.routes:
+        match, _ = route.matches(request.scope)
+        if match is not Match.NONE:
+            found.update(dict.fromkeys(sorted(getattr(route, "methods", None) or ())))
+    return list(found)
 
 
 def _document(app: FastAPI) -> Dict[str, Any]:

@@ -321,8 +321,10 @@ class EventLog:
             num_tokens=self._tokens(record, state),
             reason=(outcome.reason if outcome is not None else event.reason if event is not None else "") or UNSET,
             detail=(outcome.detail if outcome is not None else event.detail if event is not None else "") or UNSET,
-            old_position=request.src if request is not None else UNSET,
-            new_positions=[request.dst, *request.also] if request is not None and record.kind != "pin" else UNSET,
+            old_position=list(request.src) if request is not None else UNSET,
+            new_positions=[list(place) for place in (request.dst, *request.also)]
+            if request is not None and record.kind != "pin"
+            else UNSET,
             copy=request.copy if request is not None and record.kind != "pin" else UNSET,
             requested_chunks=len(record.lens) or UNSET,
             requested_tokens=sum(record.lens) or UNSET,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import time
 import uuid
-from typing import Any, Dict, Final, List, Optional, Sequence, Tuple
+from typing import Any, Dict, Final, List, Optional, Sequence, Tuple, Union
 
 import msgspec
 from msgspec import UNSET
@@ -245,7 +245,10 @@ class Face:
             answer = await self.service.ask(LookupRequest("", keys, lens))
             for item in answer.found:
                 found.setdefault(item.instance, {})[item.location] = item.num_tokens
-        best = {name: max(places.items(), key=lambda item: item[1]) for name, places in found.items()}
+        best: Dict[str, List[Union[str, int]]] = {
+            name: [at := max(places, key=lambda place: (places[place], place)), places[at]]
+            for name, places in found.items()
+        }
         return Reply(200, b.LookupReply(_fresh("lookup"), best, found))
 
     def _spaces(self) -> List[Namespace]:
@@ -260,8 +263,8 @@ class Face:
         if nowhere is not None:
             return nowhere
         found = self._keys(body.instance_id, body.tokens, body.cache_salt)
-        if found is None or not found[0]:
-            return refusal("bad_body", "no tokens to keep", field="tokens")
+        if found is None:
+            return refusal("not_ready", "its registration is not complete")
         answer = await self.service.ask(PinRequest("", position, *found, lease_ns=round(seconds * NS)))
         return self._pinned(answer, position, bool(seconds))
 
@@ -276,22 +279,13 @@ class Face:
             return Reply(200, b.LeaseReply(answer.num_tokens, name, self.log.expires_in_s(answer.event)))
         return Reply(200, b.MoveReply(answer.num_tokens, name))
 
-    async def lease(self, body: b.LeaseBody) -> Reply:
-        if not body.event_id:
-            for field in ("instance_id", "location", "tokens"):
-                if not getattr(body, field):
-                    return refusal("bad_body", "a new lease needs instance_id, location and tokens", field=field)
-            new = b.PinBody(
-                instance_id=body.instance_id, location=body.location, tokens=body.tokens, cache_salt=body.cache_salt
-            )
-            return await self.pin(new, body.seconds)
-        if body.instance_id or body.location or body.tokens:
-            return refusal("bad_body", "a renewal names event_id and seconds only", field="event_id")
+    async def lease(self, body: Union[b.LeaseBody, b.RenewBody]) -> Reply:
+        if isinstance(body, b.LeaseBody):
+            return await self.pin(body, body.seconds)
         numbers = self._numbers(body.event_id)
         if len(numbers) != 1:
             return self._unknown(body.event_id)
-        request = PinRequest("", ("", ""), (), (), round(body.seconds * NS), numbers[0])
-        answer = await self.service.ask(request)
+        answer = await self.service.ask(PinRequest("", ("", ""), (), (), round(body.seconds * NS), numbers[0]))
         if answer.reason == "unknown_event":
             return self._unknown(body.event_id)
         return self._pinned(answer, ("", ""), True)

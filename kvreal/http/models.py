@@ -5,7 +5,7 @@ A field that is not here is refused by name: ``cpy`` must not silently become a 
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Dict, List, Optional, Tuple
+from typing import Annotated, Any, Dict, List, Optional, Tuple, Union
 
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
@@ -14,6 +14,7 @@ Token = Annotated[int, Meta(ge=0, le=0xFFFFFFFF)]
 Name = Annotated[str, Meta(min_length=1, max_length=256)]
 EventName = Annotated[str, Meta(min_length=1, max_length=600, description="As `event_id` of an answer: `3-17`.")]
 Seconds = Annotated[float, Meta(gt=0, le=604800)]
+Found = Annotated[List[Union[str, int]], Meta(min_length=2, max_length=2)]
 Place = Annotated[Tuple[Name, Name], Meta(description="[instance_id, location]")]
 Idem = Annotated[str, Meta(max_length=256)]
 IDEM_ABOUT = "A repeated request with the same key gets the first one's event, also after a restart, and moves nothing."
@@ -63,19 +64,21 @@ class LookupBody(Body, frozen=True):
 class PinBody(Body, frozen=True):
     instance_id: Name
     location: Name
-    tokens: Tuple[Token, ...]
+    tokens: Annotated[Tuple[Token, ...], Meta(min_length=1)]
     cache_salt: Annotated[str, Meta(max_length=1024)] = ""
 
 
-class LeaseBody(Body, frozen=True):
-    """A new lease: `instance_id`, `location`, `tokens`. An earlier one's renewal: `event_id`."""
+class LeaseBody(PinBody, frozen=True, kw_only=True):
+    """Keep these chunks for so long."""
 
     seconds: Seconds
-    event_id: str = ""
-    instance_id: str = ""
-    location: str = ""
-    tokens: Tuple[Token, ...] = ()
-    cache_salt: Annotated[str, Meta(max_length=1024)] = ""
+
+
+class RenewBody(Body, frozen=True):
+    """Begin an earlier lease's time again, of this length."""
+
+    event_id: EventName
+    seconds: Seconds
 
 
 class EventBody(Body, frozen=True):
@@ -143,7 +146,7 @@ class DryRunReply(Reply, frozen=True, kw_only=True):
 class LookupReply(Reply, frozen=True):
     event_id: str
     layout_info: Annotated[
-        Dict[str, Tuple[str, int]], Meta(description="instance -> [location of the longest prefix, its tokens]")
+        Dict[str, Found], Meta(description="instance -> [location of the longest prefix, its tokens]")
     ]
     locations: Annotated[Dict[str, Dict[str, int]], Meta(description="instance -> location -> tokens")]
 
@@ -260,8 +263,8 @@ class EventView(Reply, frozen=True, kw_only=True, omit_defaults=True):
     num_tokens: int
     reason: str | UnsetType = UNSET
     detail: str | UnsetType = UNSET
-    old_position: Tuple[str, str] | UnsetType = UNSET
-    new_positions: List[Tuple[str, str]] | UnsetType = UNSET
+    old_position: List[str] | UnsetType = UNSET
+    new_positions: List[List[str]] | UnsetType = UNSET
     copy: bool | UnsetType = UNSET
     requested_chunks: int | UnsetType = UNSET
     requested_tokens: int | UnsetType = UNSET
@@ -299,7 +302,7 @@ class ErrorReply(Reply, frozen=True, kw_only=True, omit_defaults=True):
 
 
 TYPES: Tuple[Any, ...] = (
-    MoveBody, DrainBody, LookupBody, PinBody, LeaseBody, EventBody, ClearBody, CompressBody, InstanceBody,
+    MoveBody, DrainBody, LookupBody, PinBody, LeaseBody, RenewBody, EventBody, ClearBody, CompressBody, InstanceBody,
     QueryInstanceBody, QueryWorkerInfoBody, MoveReply, LeaseReply, DryRunReply, LookupReply, HealthReply,
     QueryInstanceReply, QueryWorkerInfoReply, CheckFinishReply, ReadyReply, InstancesReply, EventView, EventsReply,
     ErrorReply,

@@ -138,6 +138,12 @@ def test_a_body_with_a_mistake_is_422_and_names_the_field(shared: Cluster) -> No
         assert (answer.status_code, answer.json()["field"]) == (422, field), answer.text
     answer = shared.controller.http.post("/move", content=b"{not json")
     assert answer.status_code == 422
+    deep = b'{"event_id": ' + b"[" * 100_000 + b"]" * 100_000 + b"}"
+    for path in ("/lease", "/unpin", "/move"):
+        assert shared.controller.http.post(path, content=deep).status_code == 422
+    whole = {**good, "tokens": [1.0, 2.0]}  # integers, by JSON's own definition
+    assert shared.controller.post("/move", **whole).status_code == 200
+    assert shared.controller.post("/move", **{**good, "tokens": [1.5]}).status_code == 422
     answer = shared.controller.post("/move", new_position=["b", CPU])
     assert (answer.status_code, answer.json()["field"]) == (422, "old_position")
 
@@ -390,6 +396,8 @@ def test_the_openapi_document_names_every_route(shared: Cluster) -> None:
     refs = set(_refs(document))
     assert refs <= {f"#/components/schemas/{name}" for name in document["components"]["schemas"]}
     assert shared.controller.http.get("/docs").status_code == 200
+    wrong = shared.controller.http.options("/events/1-1")
+    assert (wrong.status_code, wrong.headers["allow"]) == (405, "GET, DELETE")
     answer = shared.controller.http.get("/nowhere")
     assert (answer.status_code, answer.json()["reason"]) == (404, "unknown_path")
 
