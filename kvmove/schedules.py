@@ -27,10 +27,12 @@ OCTAVES: Final = 3.0
 #: Messages of which some are delayed: those whose order decides who wins.
 DELAYED: Final = (
     *("MoveRequest", "Pin", "Pinned", "Fetch", "Reserved", "Committed", "Release", "Released", "End"),
-    *("Fence", "Fenced", "Push", "Pushed", "Stop", "Delta", "Beat", "Renew", "Retain", "Register"),
-    *("Clear", "CancelRequest", "StoreRequest", "UseRequest", "Answer"),
+    *("Delta", "Beat", "Renew", "Retain", "Clear", "CancelRequest", "StoreRequest", "UseRequest", "Answer"),
 )
-DELAYS: Final = 6
+READ: Final = ("Fence", "Fenced")
+PUSH: Final = ("Push", "Pushed", "Stop")
+DELAYS: Final = 10
+SHORTEST_DELAY_NS: Final = 50_000
 LONGEST_DELAY_NS: Final = 20_000_000
 LATEST_START_NS: Final = 5_000_000
 
@@ -65,7 +67,8 @@ def _late(built: Built, draw: random.Random) -> Built:
     for spec in built.specs:
         if isinstance(spec, ClientSpec):
             ops = [
-                msgspec.structs.replace(op, after_ns=op.after_ns + _short_ns(draw, LATEST_START_NS)) for op in spec.ops
+                msgspec.structs.replace(op, after_ns=op.after_ns + _short_ns(draw, 1000, LATEST_START_NS))
+                for op in spec.ops
             ]
             spec = msgspec.structs.replace(spec, ops=tuple(ops))
         specs.append(spec)
@@ -73,19 +76,20 @@ def _late(built: Built, draw: random.Random) -> Built:
 
 
 def _delayed(built: Built, draw: random.Random) -> Built:
-    """Half of the delays are on the way to one node only, so that an instance's ranks do not march in step."""
+    """Most delays are on the way from one node or to one only: moves overtake each other, and the ranks of an instance
+    do not march in step."""
     longest = min(LONGEST_DELAY_NS, built.config.retry_ns)
-    faults = tuple(
-        Fault(
-            when=When(
-                sent=draw.choice(DELAYED),
-                to=draw.choice(built.nodes) if draw.random() < 0.5 else "",
-                nth=draw.randint(1, 3),
-            ),
-            delay=Duration.of_ns(_short_ns(draw, longest)),
+    names = (*DELAYED, *(PUSH if built.config.push else READ))
+    faults = []
+    for _ in range(DELAYS):
+        side = draw.random()
+        when = When(
+            sent=draw.choice(names),
+            by=draw.choice(built.nodes) if side < 0.3 else "",
+            to=draw.choice(built.nodes) if side > 0.6 else "",
+            nth=draw.choice((1, 1, 2, 3)),
         )
-        for _ in range(DELAYS)
-    )
+        faults.append(Fault(when=when, delay=Duration.of_ns(_short_ns(draw, SHORTEST_DELAY_NS, longest))))
     return msgspec.structs.replace(built, faults=(*built.faults, *faults))
 
 
@@ -103,6 +107,6 @@ def _out_of_step(built: Built, draw: random.Random) -> Built:
     return msgspec.structs.replace(built, faults=(*built.faults, *faults))
 
 
-def _short_ns(draw: random.Random, longest: int) -> int:
-    """Mostly little: all magnitudes from 1 us up are alike."""
-    return round(1000 * math.exp(draw.random() * math.log(longest / 1000)))
+def _short_ns(draw: random.Random, shortest: int, longest: int) -> int:
+    """All magnitudes between the two are alike."""
+    return round(shortest * math.exp(draw.random() * math.log(longest / shortest)))

@@ -100,6 +100,8 @@ class Simulation:
         self.look_ns: int = 0
         self.looks: int = 0
         self.calm_ns: int = -1  # when faults stopped
+        self.born: Dict[str, None] = {}
+        self.early: List[Union[Crash, Pause]] = []  # what is to happen to nodes that are not booted yet
         self.full: List[Full] = []
         self.hung: List[str] = []
         self.client: Optional[Node] = None
@@ -119,9 +121,18 @@ class Simulation:
     def play(self, max_events: Optional[int] = None) -> None:
         loop = self.cluster.loop
         for node in self.cluster.nodes.values():
-            node.boot()
+            self._start_process(node)
         loop.at(self.built.deadline_ns, self._deadline, -1)
         loop.advance(1 << 61, max_events)
+
+    def _start_process(self, node: Node) -> None:
+        """Boot a node, unless a fault at the birth of one before it has killed its process already."""
+        self.born[node.name] = None
+        early = [action for action in self.early if action.node == node.name]
+        if not any(isinstance(action, Crash) for action in early):
+            node.boot()
+        for action in early:
+            self._act(action)
 
     def _observe(self, now: int, name: str, machine: Machine, item: Input, effects: List[Effect]) -> None:
         self.phases.step(now, name, item, effects)
@@ -228,6 +239,9 @@ class Simulation:
             self._act(action)
 
     def _act(self, action: Action) -> None:
+        if isinstance(action, (Crash, Pause)) and action.node not in self.born:
+            self.early.append(action)
+            return
         self.plan.begin(action)
         loop = self.cluster.loop
         if isinstance(action, Crash):
