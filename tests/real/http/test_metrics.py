@@ -135,7 +135,7 @@ def test_leases_and_clears(shared: Cluster) -> None:
 
 
 def test_frames_of_processes_that_are_not_believed(shared: Cluster) -> None:
-    """An old epoch's messages, and an inventory with a gap, as another process at a worker's address would send them."""
+    """An old epoch's messages, and an inventory with a gap, as if from a worker."""
     since = Since(shared)
     network = shared.workers.ranks["b"][0].network
     with zmq.Context() as context, context.socket(zmq.PUSH) as sock:
