@@ -65,7 +65,7 @@ search: $(VENV)/.stamp
 	@$(BIN)/kvmove search $(ARGS)
 
 # Thousands of generated scenarios: tiny and whole ones simulated, whole ones on real processes and compared. `make test`
-# does 340 and 51. What fails is shrunk to out/swarm. COUNT and REAL say how many; SEED where the swarm begins.
+# does 340 and 34. What fails is shrunk to out/swarm. COUNT and REAL say how many; SEED where the swarm begins.
 compare-long: $(VENV)/.stamp
 	$(BIN)/kvmove swarm --count $(or $(COUNT),40000) --seed $(or $(SEED),0)
 	$(BIN)/kvmove swarm --size whole --count $(or $(COUNT),10000) --seed $(or $(SEED),0)

@@ -34,6 +34,7 @@ PUSH: Final = ("Push", "Pushed", "Stop")
 DELAYS: Final = 10
 SHORTEST_DELAY_NS: Final = 50_000
 LONGEST_DELAY_NS: Final = 20_000_000
+LONGEST_START_NS: Final = 100_000_000
 LATEST_START_NS: Final = 5_000_000
 
 
@@ -45,7 +46,9 @@ def schedules(built: Built, count: int) -> Iterator[Result]:
 
 def schedule(built: Built, number: int) -> Result:
     draw = random.Random(f"{built.seed}/schedule/{number}")
-    return run(_out_of_step(_delayed(_late(built, draw), draw), draw), profile=_profile(draw))
+    for change in (_slow_starts, _late, _delayed, _out_of_step):
+        built = change(built, draw)
+    return run(built, profile=_profile(draw))
 
 
 def _profile(draw: random.Random) -> Profile:
@@ -59,6 +62,19 @@ def _profile(draw: random.Random) -> Profile:
         elif isinstance(value, float):
             values[name] = value * factor
     return msgspec.structs.replace(standard, **values)
+
+
+def _slow_starts(built: Built, draw: random.Random) -> Built:
+    """A process that is started again takes a while until it hears anything; what is sent to it meanwhile is lost."""
+    faults = []
+    for fault in built.faults:
+        crash = fault.crash
+        if crash is not None and crash.restart_after is not None:
+            after_ns = crash.restart_after.ns(built.config) + _short_ns(draw, SHORTEST_DELAY_NS, LONGEST_START_NS)
+            crash = msgspec.structs.replace(crash, restart_after=Duration.of_ns(after_ns))
+            fault = msgspec.structs.replace(fault, crash=crash)
+        faults.append(fault)
+    return msgspec.structs.replace(built, faults=tuple(faults))
 
 
 def _late(built: Built, draw: random.Random) -> Built:
