@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Tuple, Union
+from typing import Dict, List, Optional, Tuple, Union
 
 from kvcore.protocol.messages import Rid
 from kvcore.scenario import build, history
@@ -103,18 +102,3 @@ def _metrics(session: Session, checked: Dict[str, c.Checked], copies: List[c.Cop
     for name in ("inputs", "frames_sent", "frames_received", "frames_dropped", "frames_malformed", "filled_bytes"):
         metrics[name] = sum(each.counters.get(name, 0) for each in checked.values())
     return metrics
-
-
-def copy_table(session: Session) -> List[Dict[str, Any]]:
-    """Every copy that a surviving driver saw, in order of time: for benchmarks and reports."""
-    copies = [copy for seat in session.seats.values() if seat.checked for copy in seat.checked[-1].copies]
-    return [{name: getattr(copy, name) for name in copy.__struct_fields__} for copy in sorted(copies, key=_asked)]
-
-
-def _asked(copy: c.CopyRecord) -> int:
-    return copy.asked_ns
-
-
-def drop_folder(folder: Path) -> None:
-    """Remove a run's working files, whatever state they are in."""
-    shutil.rmtree(folder, ignore_errors=True)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import ipaddress
 import logging
 import re
-import socket
 from typing import Any, Callable, Dict, Final, List, Optional, Protocol, Set, Tuple
 
 import msgspec
@@ -240,13 +239,3 @@ class Endpoints:
 
     def close(self) -> None:
         self.context.destroy(linger=0)
-
-
-def port_is_free(host: str, port: int) -> bool:
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError:
-            return False
-    return True

@@ -264,10 +264,6 @@ def _round(nbytes: int) -> int:
     return max(64 << 20, -(-nbytes // HUGE) * HUGE)
 
 
-def address_of(view: Bytes) -> int:
-    return int(view.ctypes.data)
-
-
 def copy_bytes(target: int, source: int, nbytes: int) -> None:
     """memcpy between addresses of this process; releases the interpreter lock."""
     ctypes.memmove(target, source, nbytes)

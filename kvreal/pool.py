@@ -167,6 +167,9 @@ class Pool:
         return result[0]
 
     def _spawner(self) -> None:
+        # Ctrl-C reaches the whole group, and is the runner's to decide on: children inherit that from their first
+        # instruction on, not only once they have imported enough to say so themselves.
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
         while True:
             with self.wanted:
                 while not self.orders:

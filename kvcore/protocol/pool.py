@@ -94,9 +94,6 @@ class Pool:
         # A retention bars the key, whatever slot the index names: a later move may have replaced the entry (H33).
         return True if self.rules.h33 else slot in held
 
-    def leaving(self, slot: int) -> bool:
-        return slot in self.moving
-
     # ---- the index
     def put(self, key: Key, slot: int, parent: Key, num_tokens: int, now: int) -> None:
         """Make ``key`` visible in ``slot``; the caller's reference becomes the index's. An old entry is replaced."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -185,7 +184,3 @@ def until_ended(one: Client, event_id: str, follow: bool = False) -> dict[str, A
         if follow and line != said:
             print(line, file=sys.stderr, flush=True)
             said = line
-
-
-def default_url() -> str:
-    return os.environ.get("KVMOVE_URL", DEFAULT_URL)

@@ -228,10 +228,6 @@ class WindowServer:
         with self.lock:
             return sum(_writes(window, peer, epoch) for window in self.windows)
 
-    def open_count(self) -> int:
-        with self.lock:
-            return sum(window.hello.kind != "greet" for window in self.windows)
-
     def stop(self) -> None:
         hang_up(self.listener)
         with self.lock:

@@ -162,11 +162,6 @@ class Story(World):
         self.lose(letter)
         return letter
 
-    def hold_if(self, kind: type, dst: str = "") -> Optional[Letter]:
-        """As hold, where only one of two outcomes has sent such a message."""
-        found = [one for one in self.fresh if isinstance(one[2], kind) and one[1].startswith(dst)]
-        return self.hold(kind, dst) if found else None
-
     def mail(self, lose: Tuple[type, ...] = (), deaf: Tuple[str, ...] = (), keep: Tuple[type, ...] = ()) -> None:
         """Deliver all that is under way, and what that brings, but end no copy, store, or read.
         ``lose``: these get lost; ``keep``: these stay under way; ``deaf``: what is for these nodes stays under way."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import signal
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import active_children
 from typing import Iterator, Optional, Sequence
 
 import msgspec
@@ -31,10 +33,18 @@ def search_all(
     names: Sequence[str], max_states: int, without: Sequence[str] = (), processes: Optional[int] = None
 ) -> Iterator[Found]:
     """Search worlds side by side, yielding each as it ends."""
-    with ProcessPoolExecutor(processes) as pool:
+    others = active_children()
+    with ProcessPoolExecutor(processes, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN)) as pool:
         futures = [pool.submit(search, name, max_states, without) for name in names]
-        for future in as_completed(futures):
-            yield future.result()
+        try:
+            for future in as_completed(futures):
+                yield future.result()
+        except BaseException:  # Ctrl-C, or nobody asks any more: a pool alone would wait until every world is searched
+            pool.shutdown(wait=False, cancel_futures=True)
+            for child in active_children():
+                if child not in others:
+                    child.kill()
+            raise
 
 
 def summary(found: Found) -> str:
