@@ -10,12 +10,12 @@ import logging
 import os
 import sys
 import time
-from typing import Any, Callable, Dict, Final, List, Optional, TextIO
+from typing import Any, Callable, Dict, Final, List, Optional, TextIO, Union
 
 import msgspec
 
 from kvcore.protocol import machine as m
-from kvcore.protocol.messages import MoveRequest, PinRequest, event_name
+from kvcore.protocol.messages import Committed, MoveRequest, PinRequest, Released, Retain, event_name
 
 FIELDS: Final = ("event", "node", "epoch", "peer", "peer_epoch")
 LIVES: Final = frozenset({"registered", "expelled", "believed", "dead"})
@@ -97,6 +97,17 @@ class StepLog:
                 self._journaled(effect.record)
             elif isinstance(effect, m.Note):
                 self._noted(effect)
+            elif isinstance(effect, m.Send) and isinstance(effect.msg, (Committed, Released)):
+                self._told(item, effect.msg)
+
+    def _told(self, item: m.Input, message: Union[Committed, Released]) -> None:
+        """A worker's part in a move is over."""
+        if isinstance(message, Released):
+            why = f" ({message.why})" if message.why else ""
+            self._say(f"released: {message.deleted} chunks deleted, {message.kept} kept{why}", message.event)
+        elif message.n and not (isinstance(item, m.Received) and isinstance(item.msg, Retain)):
+            via = f" by {message.via}" if message.via else ""
+            self._say(f"committed: {message.n} chunks{via}, {len(message.present)} were here before", message.event)
 
     def _lives(self, epoch: str) -> None:
         self.epoch = epoch
