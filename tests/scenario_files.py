@@ -9,7 +9,7 @@ from kvcore.scenario.result import Result
 from kvcore.scenario.schema import CopyFault, Fault
 
 ROOT = Path(__file__).resolve().parents[1]
-FOLDERS = ("smoke", "faults", "field", "regress")
+FOLDERS = ("smoke", "faults", "field", "regress", "prior-art")
 
 
 def files(*folders: str) -> list[str]:

@@ -49,6 +49,14 @@ LONG = {
         "f21-sender-fails-often",
         "f25-idle-and-reaped",
     ),
+    "prior-art": (
+        "01-destination-restarts",
+        "05-one-rank-is-dead",
+        "06-controller-is-killed",
+        "07-the-client-gave-up",
+        "12-after-a-timeout",
+        "13-source-crashes",
+    ),
 }
 LONG_FILES = {f"scenarios/{folder}/{name}.yaml" for folder, names in LONG.items() for name in names}
 
