@@ -144,8 +144,10 @@ class Session:
         """A new process for a dead node. One that is not warm takes about a second."""
         if seat.host is None:
             self._assign(seat, self.pool.spare())
-        else:  # it has said that it will end, and has not yet
+        elif seat.dying:  # it has said that it will end, and has not yet
             self.after(1_000_000, lambda: self.restart(seat))
+        else:  # another fault's restart was sooner
+            seat.restarts -= 1
 
     def pause(self, seat: Seat) -> None:
         if seat.host is not None:
