@@ -1,4 +1,5 @@
-"""Logs: words for people on a terminal, a JSON object a line in a pipe (or as ``KVMOVE_LOG`` says: json or human).
+"""Logs: words for people on a terminal, a JSON object a line in a pipe (or as ``KVMOVE_LOG`` says: json or human), from
+``KVMOVE_LOG_LEVEL`` on (info; warning is silent about moves that go well).
 
 Every line names the node that says it and, where there is one, its life (``epoch``: a controller's incarnation, a
 worker's epoch) and the ``event`` that it is about. ``peer`` and ``peer_epoch``: the process that it is about.
@@ -67,7 +68,8 @@ def configure(level: int = logging.INFO, stream: Optional[TextIO] = None) -> Non
     words = wanted == "human" if wanted in ("human", "json") else stream.isatty()
     handler = logging.StreamHandler(stream)
     handler.setFormatter(_Words() if words else _Lines())
-    logging.basicConfig(level=level, handlers=[handler], force=True)
+    named = logging.getLevelNamesMapping().get(os.environ.get("KVMOVE_LOG_LEVEL", "").upper(), level)
+    logging.basicConfig(level=named, handlers=[handler], force=True)
     for noisy in ("uvicorn", "httpx", "httpcore", "asyncio"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
 

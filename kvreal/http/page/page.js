@@ -247,8 +247,8 @@ function askToken() {
 }
 async function ask(path, options) {
   const answer = await fetch(path, {headers: headers(), cache: "no-store", ...options});
-  if (answer.status === 401 || answer.status === 403) { await askToken(); throw new Error("token"); }
-  if (!answer.ok) throw new Error(path + ": " + answer.status);
+  if (answer.status === 401) { await askToken(); throw new Error("a token is needed"); }
+  if (!answer.ok) throw new Error((await answer.json().catch(() => ({}))).detail || path + ": " + answer.status);
   const date = Date.parse(answer.headers.get("date") || "");
   if (date && Math.abs(date / 1e3 + .5 - now()) > 2) skew = date / 1e3 + .5 - Date.now() / 1e3;  // this machine's clock is another
   return answer;
@@ -316,9 +316,10 @@ async function stream() {
 }
 async function follow() {
   for (;;) {
-    try { await stream(); } catch (error) { /* tried again below */ }
+    let why = "";
+    try { await stream(); } catch (error) { why = error instanceof TypeError || error.name === "AbortError" ? "" : ": " + error.message; }
     $("live").className = "";
-    text($("live"), "not connected, trying again");
+    text($("live"), "not connected, trying again" + why);
     await new Promise(r => setTimeout(r, 1000));
     for (const e of [...events.values()]) if (!isEnd(e)) events.delete(e.event_id);  // told anew, if they are still there
   }

@@ -164,6 +164,27 @@ def test_an_event_says_why_and_opens(shown: Shown) -> None:
     shown.page.run("document.querySelector('#filters [data-show=\"\"]').click()")
 
 
+def test_leases_and_drains_are_shown(shown: Shown) -> None:
+    prompts = [[first + token for token in range(32)] for first in (20_000, 30_000, 40_000)]
+    for prompt in prompts:
+        shown.store("b", prompt)
+    lease = {"instance_id": "b", "location": CPU, "tokens": prompts[0], "seconds": 60}
+
+    def leased() -> str:
+        answer = httpx.post(f"{shown.url}/lease", json=lease, timeout=60).json()
+        return str(answer["event_id"]) if answer["num_tokens"] == 32 else ""
+
+    event = eventually(leased, what="the controller knows what b holds")
+    shown.says("#events", event, "held", "s left")
+    assert httpx.post(f"{shown.url}/unpin", json={"event_id": event}, timeout=60).status_code == 200
+    shown.says("#events", "unpinned")
+    body = {"instance_id": "b", "to": ["a"]}
+    drain = httpx.post(f"{shown.url}/drain", json=body, timeout=60).json()
+    assert httpx.get(f"{shown.url}/events/{drain['event_id']}/wait", timeout=60).json()["state"] == "done"
+    shown.says("#moves", "drain b → a", "done", f"{drain['num_tokens']} of {drain['num_tokens']} tokens")
+    shown.says("#instances > [data-key=b] .pool", "0 of 16 chunks")
+
+
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 @pytest.mark.parametrize("phone", [False, True], ids=["desktop", "phone"])
 def test_it_is_readable(shown: Shown, phone: bool, dark: bool, tmp_path: Path) -> None:
@@ -213,7 +234,7 @@ def test_it_asks_for_a_token_and_outlives_the_controller(window: Page, alone: Cl
     window.run("document.querySelector('#token-go').click()")
     eventually(lambda: name in window.text("#instances"), what="the instance is shown")
     assert window.run("return document.querySelectorAll('img').length") == 0
-    assert "incarnation 1" in window.text("#sum")
+    eventually(lambda: "incarnation 1" in window.text("#sum"), what="the controller's life is shown")
     alone.controller.kill()
     eventually(lambda: "not connected" in window.text("#live"), what="it says that nobody answers")
     alone.controller.start()
