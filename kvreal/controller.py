@@ -258,4 +258,6 @@ def checked_hosts(settings: Settings, authenticated: bool, encrypted: bool) -> S
             f"--monitor-host {settings.monitor_host}: others could reach it; give --keys DIR (see `kvmove keys`), "
             "or listen at localhost"
         )
+    if settings.monitor_host in ("0.0.0.0", "::", "*") and not settings.address:
+        wrong.append(f"--monitor-host {settings.monitor_host}: give --address HOST:PORT too, as workers know it")
     return wrong

@@ -188,12 +188,13 @@ class Service:
         self.node.history = cast(Any, _Tap(self, log_file))
         self.machine: m.Machine = self.node.machine
         self.failed: Optional[asyncio.Future[BaseException]] = None
-        #: called with each step before its effects are carried out; must be quick and must not raise
+        #: called with each step before its effects are carried out; must be quick
         self.listeners: List[Callable[[int, m.Input, List[m.Effect]], None]] = []
         self.watchers: Set[Watcher] = set()
         self.asked: Dict[str, Asked] = {}
         self.count: int = 0
         self.running: bool = False
+        self._stopped: bool = False
         self._giving: bool = False
         self._waiting: Deque[m.Input] = deque()
         self._alarm: Optional[asyncio.TimerHandle] = None
@@ -218,9 +219,10 @@ class Service:
         self._loop.call_soon(self._readable)
 
     async def stop(self) -> None:
-        """Close all; whoever still waits for an answer is told ServiceStopped."""
-        if not self.running:
+        """Close all, also after a failure; whoever still waits for an answer is told ServiceStopped."""
+        if self._stopped:
             return
+        self._stopped = True
         self.running = False
         self._loop.remove_reader(self._fd)
         if isinstance(self.spec, WorkerSpec):
@@ -322,11 +324,13 @@ class Service:
         return asked
 
     async def ask(self, request: Any, timeout_s: Optional[float] = None) -> Answer:
-        """The first answer. TimeoutError after ``timeout_s``: the request goes on, nobody is told."""
+        """The first answer, and no other. TimeoutError after ``timeout_s``: the request goes on, nobody is told."""
         first = self.begin(request).first
-        if first.done():
-            return first.result()
-        return await asyncio.wait_for(asyncio.shield(first), timeout_s)
+        face = f"{FACE}{self.count}"
+        try:
+            return first.result() if first.done() else await asyncio.wait_for(asyncio.shield(first), timeout_s)
+        finally:
+            self.asked.pop(face, None)
 
     def _to_face(self, dst: str, message: Wire) -> None:
         asked = self.asked.get(dst)
@@ -349,7 +353,10 @@ class Service:
 
     def _seen(self, now: int, item: m.Input, effects: List[m.Effect]) -> None:
         for listener in self.listeners:
-            listener(now, item, effects)
+            try:
+                listener(now, item, effects)
+            except Exception:  # whoever looks on must not stop what it looks at
+                log.exception("a listener failed at %s", type(item).__name__)
         for watcher in self.watchers:
             watcher.put((now, item, effects))
 

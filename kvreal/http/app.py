@@ -163,16 +163,16 @@ POSTS: Final[Tuple[Tuple[str, str, Any, str, Tuple[int, ...], str, Handler], ...
     ),
     (
         "/health", "read", b.InstanceBody, "HealthReply", (404,), "How an instance's ranks are.",
-        lambda face, body, request: _now(face.health(body)),
+        lambda face, body, request: _now(face.members.health(body)),
     ),
     (
         "/query_instance", "read", b.QueryInstanceBody, "QueryInstanceReply", (404,),
         "Which instance is at an address.",
-        lambda face, body, request: _now(face.query_instance(body)),
+        lambda face, body, request: _now(face.members.query_instance(body)),
     ),
     (
         "/query_worker_info", "read", b.QueryWorkerInfoBody, "QueryWorkerInfoReply", (404,), "The ranks' addresses.",
-        lambda face, body, request: _now(face.query_worker_info(body)),
+        lambda face, body, request: _now(face.members.query_worker_info(body)),
     ),
     (
         "/check_finish", "read", b.EventBody, "CheckFinishReply", (404,), "An event's state: done, failed, copying...",
@@ -272,7 +272,7 @@ def _gets(app: FastAPI, face: Face, allowed: Callable[[str], List[Any]]) -> None
     @app.get("/instances", dependencies=read, responses=_responses("InstancesReply"), name="instances")
     async def instances() -> Response:
         """Who is there, with what in its locations."""
-        return respond(face.instances())
+        return respond(face.members.instances())
 
     @app.get("/healthz", responses=_responses("ReadyReply"), name="healthz")
     async def healthz() -> Response:

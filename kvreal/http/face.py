@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import time
-import uuid
 from typing import Any, Dict, Final, List, Optional, Sequence, Tuple, Union
 
 import msgspec
@@ -29,11 +28,11 @@ from kvcore.protocol.messages import (
     event_name,
     event_number,
 )
-from kvcore.protocol.registry import Rank
 from kvcore.scenario.profile import Profile
 from kvreal.http import models as b
 from kvreal.http.dryrun import dry_run
 from kvreal.http.events import ENDED, EventLog
+from kvreal.http.members import Members, fresh
 from kvreal.http.status import REASON_HEADER, Reply, of_cancel, of_move, refusal
 from kvreal.service import Service
 
@@ -65,6 +64,7 @@ class Face:
         self.namespaces: Dict[str, Namespace] = {}
         #: each namespace that some instance has; None: to be gathered anew
         self.spaces: Optional[List[Namespace]] = None
+        self.members: Members = Members(self.machine, service.node.now, self._nowhere)
         service.listeners.append(log.step)
         service.listeners.append(self._learn)
 
@@ -89,12 +89,6 @@ class Face:
         return chunk_keys(namespace, tokens, "", salt) if namespace is not None else None
 
     # ---- who is there
-    def awaited(self) -> List[str]:
-        """Instances that the journal knows and that may still come back by themselves."""
-        registry = self.machine.registry
-        restored = {rank.register.instance for rank in registry.issued.values() if rank.clears < 0}
-        return sorted(name for name in restored if registry.instance(name) is None)
-
     def _nowhere(self, position: Position) -> Optional[Reply]:
         """Why there is no such place."""
         registry = self.machine.registry
@@ -106,7 +100,7 @@ class Face:
     def _refused(self, reason: str, detail: str, *positions: Position, event: int = 0) -> Reply:
         registry = self.machine.registry
         if reason == "unknown_instance":
-            awaited = self.awaited()
+            awaited = self.members.awaited()
             for instance, _ in positions:
                 if instance in awaited and registry.instance(instance) is None:
                     return refusal("not_ready", f"{instance!r} has not been heard since this controller's restart")
@@ -249,7 +243,7 @@ class Face:
             name: [at := max(places, key=lambda place: (places[place], place)), places[at]]
             for name, places in found.items()
         }
-        return Reply(200, b.LookupReply(_fresh("lookup"), best, found))
+        return Reply(200, b.LookupReply(fresh("lookup"), best, found))
 
     def _spaces(self) -> List[Namespace]:
         """A thousand instances mostly have one. One that has gone costs a lookup that finds nothing."""
@@ -311,63 +305,6 @@ class Face:
             return self._refused(answer.reason, answer.detail, position, event=answer.event)
         return Reply(200, b.MoveReply(tokens, event_name(answer.event)))
 
-    # ---- who is there, as the reference asks
-    def health(self, body: b.InstanceBody) -> Reply:
-        registry = self.machine.registry
-        some = [rank for (name, _), rank in registry.ranks.items() if name == body.instance_id]
-        if not some:
-            return self._nowhere((body.instance_id, "")) or refusal("unknown_instance", body.instance_id)
-        late_ns = 2 * self.machine.spec.config.beat_ns
-        codes: Dict[str, int] = {}
-        for number in range(some[0].register.namespace.ranks):
-            rank = registry.ranks.get((body.instance_id, number))
-            late = rank is not None and self.service.node.now() - rank.heard_ns > late_ns
-            codes[str(number)] = 1 if rank is None else 2 if late else 0
-        return Reply(200, b.HealthReply(_fresh("health"), codes))
-
-    def query_instance(self, body: b.QueryInstanceBody) -> Reply:
-        ip = "127.0.0.1" if body.ip == "localhost" else body.ip
-        ranks = self.machine.registry.ranks
-        names = sorted({name for (name, _), rank in ranks.items() if rank.address.rpartition(":")[0] == ip})
-        if not names:
-            hosts = sorted({rank.address.rpartition(":")[0] for rank in ranks.values()})
-            return refusal("unknown_instance", f"no instance at {body.ip}", known=hosts)
-        return Reply(200, b.QueryInstanceReply(body.event_id or _fresh("query"), names[0], names))
-
-    def query_worker_info(self, body: b.QueryWorkerInfoBody) -> Reply:
-        registry = self.machine.registry
-        if body.instance_id != "all" and not any(name == body.instance_id for name, _ in registry.ranks):
-            return self._nowhere((body.instance_id, "")) or refusal("unknown_instance", body.instance_id)
-        infos = []
-        for (name, number), rank in sorted(registry.ranks.items()):
-            wanted = body.worker_ids is None or number in body.worker_ids
-            if body.instance_id in ("all", name) and wanted:
-                host, _, port = rank.address.rpartition(":")
-                infos.append(
-                    b.WorkerInfo(
-                        name, number, host, int(port or 0), rank.register.endpoint,
-                        rank.register.since_ns / 1e9, rank.heard_ns / 1e9,
-                    )
-                )  # fmt: skip
-        return Reply(200, b.QueryWorkerInfoReply(_fresh("query"), infos))
-
-    def instances(self) -> Reply:
-        registry = self.machine.registry
-        by_name: Dict[str, List[Rank]] = {}
-        for (name, _), rank in sorted(registry.ranks.items()):
-            by_name.setdefault(name, []).append(rank)
-        now = self.service.node.now()
-        views = [
-            b.InstanceView(
-                instance_id=name,
-                whole=registry.instance(name) is not None,
-                ranks=[_rank_view(rank, now) for rank in ranks],
-                namespace=_fields(ranks[0].register.namespace),
-            )
-            for name, ranks in by_name.items()
-        ]
-        return Reply(200, b.InstancesReply(views, self.awaited()))
-
     def ready(self) -> Reply:
         """Once the journal is replayed; whoever can ask is proof that it listens."""
         if not self.service.running or not self.machine.incarnation:
@@ -376,34 +313,6 @@ class Face:
 
     async def status(self, number: int) -> Answer:
         return await self.service.ask(StatusRequest("", number))
-
-
-def _fresh(what: str) -> str:
-    """An id for what leaves no event behind."""
-    return f"{what}-{uuid.uuid4().hex[:16]}"
-
-
-def _fields(namespace: Namespace) -> Dict[str, Any]:
-    return {name: getattr(namespace, name) for name in namespace.__struct_fields__}
-
-
-def _rank_view(rank: Rank, now: int) -> b.RankView:
-    size = rank.register.namespace.bytes_per_token
-    chunk = rank.register.namespace.chunk_tokens
-    places = []
-    for location in rank.register.locations:
-        entries = rank.views[location.name].entries
-        tokens = sum(entry.num_tokens for entry in entries.values())
-        places.append(
-            b.LocationView(
-                name=location.name, slots=location.slots, chunks=len(entries), tokens=tokens, bytes=tokens * size,
-                capacity_bytes=location.slots * chunk * size,
-            )
-        )  # fmt: skip
-    return b.RankView(
-        rank=rank.register.rank, address=rank.address, epoch=event_name(rank.epoch), since=rank.register.since_ns / 1e9,
-        heard_s_ago=max(0.0, (now - rank.heard_ns) / 1e9), locations=places,
-    )  # fmt: skip
 
 
 def together(name: str, views: Sequence[b.EventView]) -> b.EventView:

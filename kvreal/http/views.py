@@ -1,0 +1,200 @@
+"""One event's record, and how it looks from outside: what every rank and chunk came to, and how long it took."""
+
+from __future__ import annotations
+
+from typing import Dict, List, Optional, Set, Tuple
+
+import msgspec
+from msgspec import UNSET
+
+from kvcore.protocol import machine as m
+from kvcore.protocol.coordinator import Event
+from kvcore.protocol.drain import Drain
+from kvcore.protocol.messages import MoveRequest, SourceOutcome, event_name
+from kvreal.http.models import ChunkOutcome, EventView, Progress, RankOutcome
+
+
+class Record:
+    """One event."""
+
+    def __init__(self, number: int, kind: str, now: int, known: bool) -> None:
+        self.number: int = number
+        self.kind: str = kind
+        self.state: str = "pinning"
+        self.begun_ns: int = now if known else 0
+        self.ended_ns: int = 0
+        #: state -> when it was entered, ns
+        self.entered: Dict[str, int] = {}
+        self.request: Optional[MoveRequest] = None
+        self.event: Optional[Event] = None
+        self.outcome: Optional[m.Outcome] = None
+        self.parent: int = 0
+        self.children: List[int] = []
+        self.drain: Optional[Drain] = None
+        self.planned: int = 0
+        self.bytes_per_token: List[int] = []
+        #: rank -> positions that were at the destination before, positions that the source kept
+        self.present: Dict[int, Tuple[int, ...]] = {}
+        self.kept_at: Dict[int, Tuple[int, ...]] = {}
+        self.committed: Dict[int, int] = {}
+        self.lens: Tuple[int, ...] = ()
+        self.decided_n: int = 0
+        #: what the stream was last told
+        self.told: str = ""
+        #: once it has ended: without ranks and chunks, and all of it (JSON, compressed)
+        self.frozen: Optional[EventView] = None
+        self.whole: bytes = b""
+
+    def enter(self, state: str, now: int) -> bool:
+        """True if that is a new state."""
+        if state == self.state and state in self.entered:
+            return False
+        self.state = state
+        self.entered.setdefault(state, now)
+        return True
+
+
+def view_of(record: Record, full: bool, expires_in_s: Optional[float]) -> EventView:
+    """An event that has not been frozen. ``full``: with its ranks and chunks."""
+    request = record.request
+    event = record.event
+    outcome = record.outcome
+    state = outcome.state if outcome is not None else record.state
+    ranks = _ranks(record)
+    drain = record.drain
+    return EventView(
+        event_id=event_name(record.number),
+        kind="copy" if request is not None and request.copy and record.kind == "move" else record.kind,
+        state=state,
+        num_tokens=_tokens(record, state),
+        reason=(outcome.reason if outcome is not None else event.reason if event is not None else "") or UNSET,
+        detail=(outcome.detail if outcome is not None else event.detail if event is not None else "") or UNSET,
+        old_position=list(request.src) if request is not None else UNSET,
+        new_positions=[list(place) for place in (request.dst, *request.also)]
+        if request is not None and record.kind != "pin"
+        else UNSET,
+        copy=request.copy if request is not None and record.kind != "pin" else UNSET,
+        requested_chunks=len(record.lens) or UNSET,
+        requested_tokens=sum(record.lens) or UNSET,
+        transport=(outcome.via if outcome is not None else event.via if event is not None else "") or UNSET,
+        bytes=sum(rank.bytes for rank in ranks) if record.kind == "move" else UNSET,
+        begun=record.begun_ns / 1e9 if record.begun_ns else UNSET,
+        ended=record.ended_ns / 1e9 if record.ended_ns else UNSET,
+        duration_s=(record.ended_ns - record.begun_ns) / 1e9 if record.ended_ns and record.begun_ns else UNSET,
+        phases_s=_phases(record) if record.begun_ns and record.kind != "pin" else UNSET,
+        idempotency_key=(request.idem if request is not None else "") or UNSET,
+        parent=event_name(record.parent) if record.parent else UNSET,
+        expires_in_s=UNSET if expires_in_s is None else expires_in_s,
+        progress=_progress(drain) if drain is not None else UNSET,
+        children=[event_name(child) for child in record.children] if full and record.kind == "drain" else UNSET,
+        ranks=ranks if full and record.kind == "move" else UNSET,
+        chunks=_chunks(record) if full and record.kind == "move" else UNSET,
+    )
+
+
+def _tokens(record: Record, state: str) -> int:
+    if record.kind == "pin":
+        return sum(record.lens)
+    if record.outcome is not None:
+        return record.outcome.num_tokens
+    if record.drain is not None:
+        return record.drain.num_tokens()
+    event = record.event
+    return event.num_tokens if event is not None and state in ("copying", "releasing") else 0
+
+
+def brief(view: EventView) -> EventView:
+    return msgspec.structs.replace(view, ranks=UNSET, chunks=UNSET, children=UNSET)
+
+
+def _phases(record: Record) -> Dict[str, float]:
+    """Seconds in each state that it has left."""
+    times = sorted(record.entered.items(), key=lambda item: item[1])
+    return {name: (times[i + 1][1] - t) / 1e9 for i, (name, t) in enumerate(times[:-1])}
+
+
+def _progress(drain: Drain) -> Progress:
+    return Progress(len(drain.chains), drain.next, drain.num_tokens(), sum(drain.moved.values()))
+
+
+def _n(record: Record) -> int:
+    if record.outcome is not None:
+        return record.outcome.n if record.outcome.state == "done" else 0
+    return record.event.n if record.event is not None else record.decided_n
+
+
+def _ranks(record: Record) -> List[RankOutcome]:
+    event = record.event
+    if event is None:
+        source = record.outcome.source if record.outcome is not None else ()
+        return [
+            RankOutcome(rank=item.rank, source="", destination="", deleted=item.deleted, kept=item.kept, why=item.why)
+            for item in source
+        ]
+    found: List[RankOutcome] = []
+    for r, (src, dst) in enumerate(zip(event.src, event.dst)):
+        released: Optional[SourceOutcome] = event.released[r]
+        committed = record.committed.get(r, 0)
+        present = [i for i in record.present.get(r, ()) if i < committed]
+        there = set(present)
+        size = record.bytes_per_token[r] if r < len(record.bytes_per_token) else 0
+        copied = sum(n for i, n in enumerate(record.lens[:committed]) if i not in there) * size
+        found.append(
+            RankOutcome(
+                rank=r,
+                source=src,
+                destination=dst,
+                pinned=len(event.slots[r]) if r < len(event.slots) else 0,
+                reserved=max(0, event.reserved[r]) if r < len(event.reserved) else 0,
+                committed=committed,
+                present=len(present),
+                bytes=copied,
+                deleted=released.deleted if released is not None else 0,
+                kept=released.kept if released is not None else 0,
+                why=released.why if released is not None else "",
+                via=event.via if copied else "",
+            )
+        )
+    return found
+
+
+def _chunks(record: Record) -> List[ChunkOutcome]:
+    """Of every chunk that was asked for; over all ranks the worst."""
+    state = record.outcome.state if record.outcome is not None else record.state
+    event = record.event
+    ranks = len(event.src) if event is not None else 0
+    n = _n(record)
+    copy = record.request is not None and record.request.copy
+    found: List[ChunkOutcome] = []
+    present = [set(record.present.get(r, ())) for r in range(ranks)]
+    kept = [set(record.kept_at.get(r, ())) for r in range(ranks)]
+    for i, tokens in enumerate(record.lens):
+        here = [record.committed.get(r, 0) > i for r in range(ranks)]
+        if state == "failed" or not ranks or not all(here) or i >= n:
+            where = "none"
+        else:
+            where = "present" if all(i in there for there in present) else "copied"
+        if state != "done" or i >= n:
+            source = "untouched"
+        elif copy:
+            source = "kept"
+        else:
+            source = _source(record, event, ranks, kept, i)
+        if state == "done" and event is None and i < n:
+            where = "copied"
+        if state == "done" and record.outcome is not None and record.outcome.reason == "same_place" and i < n:
+            where, source = "present", "kept"  # a move to where it is: nothing was copied, and nothing deleted
+        found.append(ChunkOutcome(i, tokens, where, source))
+    return found
+
+
+def _source(record: Record, event: Optional[Event], ranks: int, kept: List[Set[int]], i: int) -> str:
+    if event is None:
+        return "unknown"
+    outcomes = event.released
+    if any(item is None or item.deleted < 0 for item in outcomes) or not ranks:
+        return "unknown"
+    if any(i in positions for positions in kept):
+        return "kept"
+    silent = any(r not in record.kept_at and item is not None and item.kept for r, item in enumerate(outcomes))
+    return "unknown" if silent else "deleted"
