@@ -7,6 +7,7 @@ written as a scenario file. A run shares nothing with another: processes are the
 from __future__ import annotations
 
 import multiprocessing
+import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -146,7 +147,8 @@ def _tallies(jobs: list[Job], processes: int | None) -> Iterator[Tally]:
     if many <= 1:
         yield from map(work, jobs)
         return
-    with multiprocessing.get_context("fork").Pool(many) as pool:
+    ignore_interrupts = (signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; this process ends the others
+    with multiprocessing.get_context("fork").Pool(many, signal.signal, ignore_interrupts) as pool:
         yield from pool.imap_unordered(work, jobs)
 
 

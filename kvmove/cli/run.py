@@ -46,9 +46,10 @@ def run(
     * `kvmove run scenarios/smoke/move.yaml`
     * `kvmove run scenarios/smoke/move.yaml --on both --json out.json`
     * `kvmove run scenarios/faults/*.yaml --seed 7 --history out/`
-    * `kvmove run scenarios/smoke/prompt-4k.yaml --set prompts.p.tokens=16384`
+    * `kvmove run scenarios/smoke/prompt-4k.yaml --set network.links.a-b.bandwidth='25 Gbit/s'`
 
-    Exit status: 0 all good, 1 a check or expectation failed or a run hung, 2 bad input or a world that cannot run here.
+    Exit status: 0 all good, 1 a check or expectation failed or a run hung, 2 bad input or a world that cannot run here,
+    130 Ctrl-C.
     """
     worlds = ("sim", "real") if output.choice("--on", on, ("sim", "real", "both")) == "both" else (on,)
     output.choice("--transport", transport, ("auto", "nixl", "tcp"))
