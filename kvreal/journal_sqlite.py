@@ -330,7 +330,7 @@ class SqliteJournal:
         before = self.base.total_changes
         with self._transaction():
             numbers = [(number,) for number in over]
-            kinds = "('Begin', 'Decide', 'Outcome')"
+            kinds = "('Begin', 'Promised', 'Decide', 'Outcome')"
             self.base.executemany(f"DELETE FROM records WHERE number = ? AND kind IN {kinds}", numbers)
             self.base.executemany("DELETE FROM kept WHERE number = ?", numbers)
             self.base.executemany("DELETE FROM records WHERE seq = ?", [(seq,) for seq in rows])

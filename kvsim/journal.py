@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Dict, List, Tuple, final
 
-from kvcore.protocol.machine import Begin, Decide, EpochIssued, Incarnation, JournalRecord, Outcome
+from kvcore.protocol.machine import Begin, Decide, EpochIssued, Incarnation, JournalRecord, Outcome, Promised
 
 
 @final
@@ -42,7 +42,7 @@ def compacted(records: List[JournalRecord], events_kept: int) -> List[JournalRec
     last = max([record.incarnation for record in records if isinstance(record, Incarnation)], default=0)
     kept: List[JournalRecord] = []
     for record in records:
-        if isinstance(record, (Begin, Decide, Outcome)):
+        if isinstance(record, (Begin, Promised, Decide, Outcome)):
             if record.event not in old:
                 kept.append(record)
         elif isinstance(record, EpochIssued):

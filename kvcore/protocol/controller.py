@@ -21,6 +21,7 @@ from kvcore.protocol.machine import (
     Machine,
     Note,
     Outcome,
+    Promised,
     ProtocolError,
     Received,
     Send,
@@ -133,6 +134,7 @@ class Controller(Machine):
     def on_boot(self, now: int, item: Boot, out: List[Effect]) -> None:
         last = 0
         begun: Dict[int, Begin] = {}
+        promised: Dict[int, Promised] = {}
         decided: Dict[int, Decide] = {}
         ended: Dict[int, Outcome] = {}
         for record in item.journal:
@@ -140,6 +142,8 @@ class Controller(Machine):
                 last = max(last, record.incarnation)
             elif isinstance(record, Begin):
                 begun[record.event] = record
+            elif isinstance(record, Promised):
+                promised[record.event] = record
             elif isinstance(record, Decide):
                 decided[record.event] = record
             elif isinstance(record, Outcome):
@@ -167,7 +171,8 @@ class Controller(Machine):
                 self.moves.recover(now, begin, decided[number], out)
             else:
                 # Begin alone: presumed abort.
-                outcome = Outcome(number, FAILED, "controller_restarted")
+                told = promised.get(number)
+                outcome = Outcome(number, FAILED, "controller_restarted", promised=told.num_tokens if told else 0)
                 self.moves.remember(now, outcome)
                 out.append(Journal(outcome))
 
@@ -208,7 +213,7 @@ class Controller(Machine):
             self.drains.open[number].waiters.append((src, m.op))
             out.append(Send(src, self.drains.answer(number, m.op)))
         else:
-            out.append(Send(src, self.moves.answer(number, m.op)))
+            self.moves.answer_again(src, number, m.op, out)
 
     def on_lookup(self, now: int, src: str, m: LookupRequest, out: List[Effect]) -> None:
         out.append(Send(src, Answer(m.op, "ok", found=self.registry.lookup(m.keys, m.lens))))

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Callable, Dict, Final, List, Optional, Tuple, final
 
 from kvcore.protocol.config import Config
-from kvcore.protocol.machine import Begin, Decide, Effect, Journal, Note, Outcome, Send, Timers
+from kvcore.protocol.machine import Begin, Decide, Effect, Journal, Note, Outcome, Promised, Send, Timers
 from kvcore.protocol.messages import (
     NO_ID,
     Answer,
@@ -67,6 +67,8 @@ class Event:
         self.pinned_ns: List[int] = []
         self.n: int = 0
         self.num_tokens: int = 0
+        #: num_tokens as the clients have been told
+        self.promised: int = 0
         self.reserved: List[int] = []
         self.committed: List[int] = []
         self.stamps: List[int] = []
@@ -183,7 +185,7 @@ class Coordinator:
         event.committed = [-1] * ranks
         event.stamps = [0] * ranks
         event.n = decide.n
-        event.num_tokens = decide.num_tokens
+        event.num_tokens = event.promised = decide.num_tokens
         event.give_up_ns = now + self.config.release_give_up_ns
         event.confirming = decide.delete and self.config.rules.h36
         self.events[event.number] = event
@@ -308,6 +310,9 @@ class Coordinator:
         event.n = min(event.n, least)
         event.num_tokens = sum(event.request.lens[: event.n])
         event.state = COPYING
+        event.promised = event.num_tokens
+        if event.request.idem:
+            out.append(Journal(Promised(event.number, event.num_tokens, event.n)))
         self._answer(event, event.clients, out)
         self._maybe_decide(now, event, out)
 
@@ -538,7 +543,9 @@ class Coordinator:
                 held.pop(number, None)
         num_tokens = event.num_tokens if state == DONE else 0
         source = tuple([released for released in event.released if released is not None])
-        outcome = Outcome(number, state, reason, num_tokens, event.n, source, event.detail, event.via)
+        outcome = Outcome(
+            number, state, reason, num_tokens, event.n, source, event.detail, event.via, event.promised
+        )
         self.remember(now, outcome)
         out.append(Journal(outcome))
         self._answer(event, event.clients + event.waiters, out)
@@ -594,6 +601,13 @@ class Coordinator:
             outcome.source,
             via=outcome.via,
         )
+
+    def answer_again(self, client: str, number: int, op: str, out: List[Effect]) -> None:
+        """What was answered the first time: num_tokens once that was fixed, and the end."""
+        outcome = self.ended.get(number)
+        if outcome is not None and outcome.promised:
+            out.append(Send(client, Answer(op, COPYING, outcome.promised, number, n=outcome.n, via=outcome.via)))
+        out.append(Send(client, self.answer(number, op)))
 
     def _answer(self, event: Event, clients: List[Tuple[str, str]], out: List[Effect]) -> None:
         for client, op in clients:

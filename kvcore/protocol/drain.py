@@ -8,7 +8,7 @@ from typing import Dict, List, Tuple, final
 from kvcore.protocol.chunks import namespace_mismatch
 from kvcore.protocol.config import Config
 from kvcore.protocol.coordinator import COPYING, DONE, FAILED, Coordinator, Event
-from kvcore.protocol.machine import Begin, Effect, Journal, Outcome, Send
+from kvcore.protocol.machine import Begin, Effect, Journal, Outcome, Promised, Send
 from kvcore.protocol.messages import Answer, Key, MoveRequest, Position
 from kvcore.protocol.registry import Registry
 
@@ -70,6 +70,8 @@ class Drains:
         if orphans:
             drain.left.append(f"{orphans} chunks: some rank lacks them or an ancestor")
         self.open[number] = drain
+        if m.idem:
+            out.append(Journal(Promised(number, drain.num_tokens(), len(drain.planned))))
         out.append(Send(client, Answer(m.op, COPYING, drain.num_tokens(), number)))
         self._on(now, drain, out)
 
@@ -121,12 +123,13 @@ class Drains:
     def _end(self, now: int, drain: Drain, out: List[Effect]) -> None:
         del self.open[drain.number]
         if drain.cancelled:
-            left = len(drain.chains) - drain.next
-            drain.left.append(f"{left} chains not begun: {drain.cancelled}")
+            drain.left.append(f"{len(drain.chains) - drain.next} chains not begun: {drain.cancelled}")
         tokens = sum(drain.moved.values())
         state = FAILED if drain.left or not drain.planned else DONE
         reason = (drain.cancelled or "incomplete") if drain.left else "" if drain.planned else "nothing_held"
-        outcome = Outcome(drain.number, state, reason, tokens, len(drain.moved), (), "; ".join(drain.left[:8]))
+        left = "; ".join(drain.left[:8])
+        planned = drain.num_tokens()
+        outcome = Outcome(drain.number, state, reason, tokens, len(drain.moved), (), left, promised=planned)
         self.moves.remember(now, outcome)
         out.append(Journal(outcome))
         for client, op in [(drain.client, drain.request.op), *drain.waiters]:

@@ -57,6 +57,14 @@ class Begin(Record, frozen=True, gc=False):
     request: Union[MoveRequest, PinRequest]
 
 
+class Promised(Record, frozen=True, gc=False):
+    """Before num_tokens is answered to a request that can be repeated: its repetition is to be answered alike."""
+
+    event: int
+    num_tokens: int
+    n: int
+
+
 class Decide(Record, frozen=True, gc=False):
     """Before the first Release(delete). The one point of no return (H08)."""
 
@@ -87,9 +95,11 @@ class Outcome(Record, frozen=True, gc=False):
     source: Tuple[SourceOutcome, ...] = ()
     detail: str = ""
     via: str = ""
+    promised: int = 0
+    """num_tokens as it was answered before the event ended; 0 if it was not."""
 
 
-JournalRecord = Union[Incarnation, Begin, Decide, EpochIssued, Outcome]
+JournalRecord = Union[Incarnation, Begin, Promised, Decide, EpochIssued, Outcome]
 
 
 # ---- inputs ---------------------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ def _coordinator() -> None:
     row("unknown", "MoveRequest: namespaces differ", "fail, naming both values", "failed", "", "Journal Answer")
     row("pinning, reserving", "MoveRequest: the same idempotency key", "answer when num_tokens is fixed", "", "", "")
     row("copying, releasing", "MoveRequest: the same idempotency key", "answer now, and at the end", "", "", "Answer")
-    row(ENDED, "MoveRequest: the same idempotency key", "answer as the first time", "", "", "Answer")
+    row(ENDED, "MoveRequest: the same idempotency key", "answer as the first time, num_tokens first", "", "", "Answer")
     other = "MoveRequest: its key for another move"
     row(f"{EARLY}, releasing, {ENDED}", other, "refuse: the key is in use", "", "", "Answer")
     # Pinned
@@ -44,11 +44,12 @@ def _coordinator() -> None:
     # Reserved, Committed
     row("pinning", "Reserved, Committed", "ignored: nothing was fetched yet")
     row("reserving", "Reserved: others missing", "keep")
-    row("reserving", "Reserved: the last rank", "n = min over ranks, answer num_tokens", "copying", "", "Answer")
+    row("reserving", "Reserved: the last rank", "n = min over ranks; journal it if it may be asked for again; answer",
+        "copying", "", "Journal Answer")
     row("reserving", "Reserved: under another incarnation", "ignored: not the process that was asked", "", "h18")
     row("copying, releasing", "Reserved", "ignored: n is fixed")
     row("reserving", "Committed: the last rank", "counts as Reserved too; decide", "releasing", "",
-        "Answer Journal Note Release")
+        "Journal Answer Journal Note Release")
     row("copying", "Committed: others missing", "keep", "", "h01")
     decide = "decide: journal it, then release at every source rank (delete, unless it is a copy)"
     row("copying", "Committed: the last rank", decide, "releasing", "h01 h08 h21", "Journal Note Release")

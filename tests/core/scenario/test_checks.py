@@ -138,6 +138,8 @@ def test_known_a_decision_for_another_incarnation() -> None:
     w.controller().registry.by_address["b/0"].views[CPU].inc = (1 << 40, 0)
     w.deliver(committed)
     assert broken(watch) == ["Known"]
+    texts = [violation.text for violation in watch.checker.violations]
+    assert len(texts) == 2 and "is decided for b/0" in texts[0] and "has committed 1" in texts[1]
 
 
 def test_known_a_commit_that_never_was() -> None:
