@@ -34,7 +34,7 @@ def search(
 
     * `kvmove search`
     * `kvmove search one-move --states 1000000`
-    * `kvmove search --without h03` (and see the hole open that rule h03 closes)
+    * `kvmove search one-move --without h12` (and see the hole open that rule h12 closes)
 
     Exit status: 0 nothing violated and everything met, 1 otherwise, 2 bad input.
     """

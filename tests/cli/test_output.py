@@ -27,7 +27,7 @@ def test_duration(ns: int, text: str) -> None:
 
 
 def test_size_percent_plural() -> None:
-    assert [size(512 << 20), size(1536), size(7)] == ["512 MiB", "1.5 KiB", "7 B"]
+    assert [size(512 << 20), size(1536), size(1023)] == ["512 MiB", "1.5 KiB", "1023 B"]
     assert [percent(None), percent(0.123), percent(-0.5), percent(42.0)] == ["-", "+12%", "-50%", "x43"]
     assert [plural(1, "move"), plural(2000, "move")] == ["1 move", "2,000 moves"]
 

@@ -71,6 +71,18 @@ def test_an_aborted_copy_has_landed_in_part_and_then_nothing_more() -> None:
     assert not stage.cluster.fabric.flows and not stage.cluster.transfers.active
 
 
+def test_a_chunk_half_written_when_its_copy_ends_is_nobodys_even_if_its_slot_had_a_new_owner() -> None:
+    stage = Stage()
+    for slot in range(2):
+        stage.put("a/0", slot, b"%d" % slot)
+    stage.do("b/0", copy("a/0", (0, 1), (0, 1)))
+    stage.loop.advance(stage.loop.now_ns + 100 + 1500)
+    stage.put("b/0", 1, b"new")
+    stage.do("b/0", AbortCopy(RID))
+    stage.loop.advance(stage.loop.now_ns + 1000)
+    assert stage.has("b/0", 0, b"0") and not stage.has("b/0", 1, b"new")
+
+
 def test_abort_of_what_is_not_there_is_answered_and_a_done_copy_wins_the_race() -> None:
     stage = Stage()
     stage.do("b/0", AbortCopy((9, 9)))
