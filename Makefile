@@ -17,11 +17,11 @@ TORCH_INDEX ?=
 CONSTRAIN = $(if $(shell ls /dev/nvidia[0-9]* 2>/dev/null || nvidia-smi -L 2>/dev/null),,-c constraints-cpu.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format bench fast compare-long scenarios-real search clean
+.PHONY: help setup demo test lint format bench bench-controller fast compare-long scenarios-real search clean
 
 help:
 	@sed -n 's/^# \{0,1\}//p' Makefile | head -3
-	@echo "Also: setup, lint, format, bench, fast, search, compare-long, scenarios-real, clean"
+	@echo "Also: setup, lint, format, bench, bench-controller, fast, search, compare-long, scenarios-real, clean"
 
 setup: $(VENV)/.stamp
 
@@ -52,6 +52,12 @@ format: $(VENV)/.stamp
 
 bench: $(VENV)/.stamp
 	$(BIN)/python -m pytest tests/bench -o addopts="--import-mode=importlib" --benchmark-only -s $(ARGS)
+
+# The controller, beside LMCache 0.5.6 in the same run where KVMOVE_REFERENCE_PYTHON names the interpreter of an
+# environment that has it. Prints ratios. The last one asserts: 64 clients while instances restart.
+bench-controller: $(VENV)/.stamp
+	$(BIN)/python -m pytest tests/bench/test_controller_speed.py tests/bench/test_controller_load.py \
+	  -o addopts="--import-mode=importlib" -s $(ARGS)
 
 # The compiled form of the core, in build/fast, and the suite on it. The source tree stays pure.
 fast: $(VENV)/.stamp

@@ -1,0 +1,254 @@
+"""What the controller costs, beside the reference's in the same run where that is there (``make bench-controller``).
+
+Ratios are printed, nothing passes or fails by them. Ours runs with its defaults, durability ``process``; the constants
+say only that nobody here is to be found dead. Where a figure is ours alone, the reason is printed.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any, Callable, Dict, Iterator, List, Optional
+
+import pytest
+
+pytest.importorskip("fastapi")
+pytest.importorskip("zmq")
+
+import httpx
+
+from kvcore.protocol.chunks import chunk_keys
+from kvcore.protocol.messages import Entry
+from tests.bench.crowd import CPU, NAMESPACE, Crowd
+from tests.bench.reference.peer import Reference, found
+from tests.real.http.cluster import ROOT, eventually, free_port
+from tests.real.http.processes import commands
+
+pytestmark = [pytest.mark.real, pytest.mark.timeout(600)]
+TOKENS = 4096
+JSON = {"content-type": "application/json"}
+PATIENT = ("beat=100 s", "dead=400 s")
+INSTANCE = """\
+enable_controller: true
+lmcache_instance_id: {name}
+controller_pull_url: localhost:{pull}
+transfer_channel: nixl
+kvmove: {{bytes_per_token: 128 B, locations: {{LocalCPUBackend: 256 MiB}}}}
+"""
+
+
+class Ours:
+    """A controller as a process, with its defaults."""
+
+    def __init__(self, folder: Path, *sets: str) -> None:
+        self.port, self.pull, self.reply = free_port(), free_port(), free_port()
+        argv = [sys.executable, "-m", "kvmove", "controller", "--port", str(self.port)]
+        argv += ["--journal", str(folder / "j.db")]
+        argv += ["--monitor-ports", json.dumps({"pull": self.pull, "reply": self.reply})]
+        argv += [f"--set={one}" for one in sets]
+        with (folder / "ours.log").open("w") as log:
+            self.process = subprocess.Popen(argv, cwd=ROOT, stdout=log, stderr=log)
+        self.http: httpx.Client = httpx.Client(base_url=f"http://127.0.0.1:{self.port}", timeout=60)
+        eventually(self._up, 60, "our controller is ready")
+
+    def _up(self) -> bool:
+        try:
+            return self.http.get("/readyz").status_code == 200
+        except httpx.TransportError:
+            return False
+
+    def post(self, path: str, **body: Any) -> httpx.Response:
+        return self.http.post(path, json=body)
+
+    def close(self) -> None:
+        self.http.close()
+        self.process.terminate()
+        self.process.wait(20)
+
+
+@pytest.fixture(scope="module")
+def python() -> Optional[Path]:
+    """The reference's interpreter."""
+    where, why = found()
+    if where is None:
+        print(f"\nours only: {why}")
+    return where
+
+
+@pytest.fixture
+def ours(tmp_path: Path) -> Iterator[Ours]:
+    one = Ours(tmp_path, *PATIENT)
+    try:
+        yield one
+    finally:
+        one.close()
+
+
+@pytest.fixture
+def theirs(tmp_path: Path, python: Optional[Path]) -> Iterator[Optional[Reference]]:
+    one = Reference(python, tmp_path) if python is not None else None
+    try:
+        yield one
+    finally:
+        if one is not None:
+            one.close()
+
+
+def say(what: str, unit: str, ours: float, theirs: Optional[float], more_is_better: bool = False) -> None:
+    if theirs is None:
+        print(f"  {what}: {ours:,.2f} {unit}")
+        return
+    ratio = ours / theirs if more_is_better else theirs / ours
+    print(f"  {what}: {ours:,.2f} {unit}, the reference {theirs:,.2f}: {ratio:.1f} times as good")
+
+
+def median_ms(once: Callable[[int], object], times: int) -> float:
+    spans: List[float] = []
+    for turn in range(times):
+        begun = time.perf_counter()
+        once(turn)
+        spans.append(time.perf_counter() - begun)
+    return statistics.median(spans) * 1e3
+
+
+def prompt(first: int, count: int = TOKENS) -> List[int]:
+    return list(range(first, first + count))
+
+
+def test_control_cost_of_a_move(tmp_path: Path, python: Optional[Path]) -> None:
+    """There and back between two engines, by turns ours and theirs, from the request until the source is released."""
+    ours = Ours(tmp_path)
+    theirs = Reference(python, tmp_path) if python is not None else None
+    try:
+        with commands(tmp_path) as start:
+            ports: Dict[str, int] = {}
+            for name in ("a", "b"):
+                ports[name] = free_port()
+                (tmp_path / f"{name}.yaml").write_text(INSTANCE.format(name=name, pull=ours.pull))
+                one = start(name, ["instance", "--config", f"{name}.yaml", "--port", str(ports[name])])
+                one.until_says("registered at")
+            engines = [theirs.engine(name) for name in ("a", "b")] if theirs is not None else []
+            print("\ncontrol cost of a move, 128 bytes a token, median of 60, request to released source")
+            for count in (256, 1024, 4096, 16384):
+                tokens = prompt(count, count)
+                _store(ports["a"], tokens)
+                eventually(lambda t=tokens: _has(ours, "a", t), 20, "ours has stored")  # type: ignore[misc]
+                if theirs is not None:
+                    engines[0].ask(f"store {tokens[0]} {count}", "stored")
+                    eventually(lambda t=tokens: _has(theirs, "a", t), 20, "theirs has stored")  # type: ignore[misc]
+                spans: Dict[str, List[float]] = {"ours": [], "theirs": []}
+                for turn in range(64):
+                    src, dst = ("a", "b") if turn % 2 == 0 else ("b", "a")
+                    body = {"old_position": [src, CPU], "new_position": [dst, CPU], "tokens": tokens}
+                    begun = time.perf_counter()
+                    answer = ours.http.post("/move", json=body).json()
+                    event = ours.http.get(f"/events/{answer['event_id']}/wait").json()
+                    spans["ours"].append(time.perf_counter() - begun)
+                    assert (event["state"], event["num_tokens"]) == ("done", count), event
+                    if theirs is not None:
+                        # It finds what it has moved a little later only; that is not counted.
+                        eventually(lambda s=src, t=tokens: _has(theirs, s, t), 20, "theirs is seen")  # type: ignore[misc]
+                        begun = time.perf_counter()
+                        answer = theirs.http.post("/move", json=body).json()
+                        spans["theirs"].append(time.perf_counter() - begun)
+                        assert answer.get("num_tokens") == count, answer
+                mine, other = [statistics.median(spans[who][4:]) * 1e3 if spans[who] else None for who in spans]
+                assert mine is not None
+                say(f"{count} tokens", "ms", mine, other)
+            print(f"  (ours over {event['transport']})")
+            _absent(ours, theirs)
+    finally:
+        ours.close()
+        if theirs is not None:
+            theirs.close()
+
+
+def _absent(ours: Ours, theirs: Optional[Reference]) -> None:
+    """Twelve tokens that nobody holds; our own time is what it takes more than /healthz over the same connection."""
+    body = {"old_position": ["a", CPU], "new_position": ["b", CPU], "tokens": prompt(900, 12)}
+    assert ours.post("/move", **body).headers["kvmove-reason"] == "nothing_held"
+    floor = median_ms(lambda _: ours.http.get("/healthz"), 300)
+    mine = median_ms(lambda _: ours.post("/move", **body), 300)
+    other = median_ms(lambda _: theirs.post("/move", **body), 200) if theirs is not None else None
+    print("\na move of absent keys, median")
+    say("round trip", "ms", mine, other)
+    print(f"  of which ours: {mine - floor:.2f} ms (/healthz takes {floor:.2f})")
+
+
+def _has(who: Any, name: str, tokens: List[int]) -> bool:
+    answer = who.post("/lookup", tokens=tokens)
+    info = answer.json()["layout_info"] if answer.status_code == 200 else {}
+    return bool(info.get(name, ["", 0])[1] == len(tokens))
+
+
+def _store(port: int, tokens: List[int]) -> None:
+    answer = httpx.post(f"http://localhost:{port}/v1/completions", json={"prompt": tokens, "max_tokens": 1}, timeout=60)
+    assert answer.status_code == 200, answer.text
+
+
+def test_lookups_as_the_cluster_grows(ours: Ours, theirs: Optional[Reference]) -> None:
+    """4,096 tokens, held by the last of N instances, from one client."""
+    crowd = Crowd(f"127.0.0.1:{ours.pull}")
+    registry = theirs.registry() if theirs is not None else None
+    print("\nlookups a second of 4,096 tokens, the hit in the last of N instances")
+    rates: List[float] = []
+    try:
+        before = 0
+        for count in (10, 100, 1000):
+            first = 50_000_000 + count * 10_000
+            for number in range(before, count):
+                crowd.add(f"i{number}", prompt(first if number == count - 1 else 1_000_000 + number * 10_000))
+            crowd.settle()
+            wanted = prompt(first)
+            eventually(lambda n=count, w=wanted: _has(ours, f"i{n - 1}", w), 60, "all are believed")  # type: ignore[misc]
+            if registry is not None:
+                registry.ask(f"add {count - before} {first} {TOKENS}", "added")
+                eventually(lambda n=count, w=wanted: _has(theirs, f"i{n - 1}", w), 60)  # type: ignore[misc]
+            before = count
+            body = json.dumps({"tokens": wanted}).encode()
+            mine = median_ms(lambda _, b=body: ours.http.post("/lookup", content=b), 200)  # type: ignore[misc]
+            rates.append(1e3 / mine)
+            other: Optional[float] = None
+            if theirs is not None:
+                times = 60 if count < 1000 else 30
+                other = 1e3 / median_ms(lambda _, b=body: theirs.http.post("/lookup", content=b, headers=JSON), times)  # type: ignore[misc]
+            say(f"{count} instances", "/s", rates[-1], other, True)
+        print(f"  ours at 1,000 over ours at 10: {rates[-1] / rates[0]:.2f}")
+    finally:
+        crowd.close()
+
+
+def test_admits(ours: Ours, theirs: Optional[Reference]) -> None:
+    """Chunks that one worker says it has stored, from the first message until a lookup finds the last."""
+    crowd = Crowd(f"127.0.0.1:{ours.pull}")
+    registry = theirs.registry() if theirs is not None else None
+    print("\nadmits a second, from the first message until the last is found")
+    try:
+        address = crowd.add("i0", prompt(0, 256))
+        crowd.settle()
+        eventually(lambda: _has(ours, "i0", prompt(0, 256)), 20)
+        if registry is not None:
+            registry.ask("add 1 0 256", "added")
+        for chunks, batch in ((5_000, 1), (50_000, 50), (200_000, 1000)):
+            # The last of them is looked for; the rest are keys of nothing that anybody asks for.
+            last = prompt(10_000 + batch * 1000, 256)
+            keys, _ = chunk_keys(NAMESPACE, last)
+            made = [Entry(b"%032d" % (batch * 10**9 + i), b"", 256) for i in range(chunks - 1)]
+            begun = time.perf_counter()
+            crowd.admit(address, [*made, Entry(keys[0], b"", 256)], batch)
+            eventually(lambda w=last: _has(ours, "i0", w), 60)  # type: ignore[misc]
+            mine = chunks / (time.perf_counter() - begun)
+            other: Optional[float] = None
+            if registry is not None:
+                theirs_last = prompt(10_000 + batch * 1000, 256)
+                begun = time.perf_counter()
+                registry.ask(f"admit {chunks} {batch} {theirs_last[0]}", "admitted")
+                eventually(lambda w=theirs_last: _has(theirs, "i0", w), 60)  # type: ignore[misc]
+                other = chunks / (time.perf_counter() - begun)
+            say(f"{batch} a message", "/s", mine, other, True)
+    finally:
+        crowd.close()
