@@ -28,6 +28,8 @@ from kvcore.protocol.messages import (
 from kvcore.protocol.registry import Rank, Registry, View
 
 VERSION = 1
+MAX_RANKS = 1024
+"""Of one instance: whoever claims more would make this machine count for as long as it says."""
 
 
 @final
@@ -59,6 +61,9 @@ class Membership:
     def on_register(self, now: int, src: str, m: Register, out: List[Effect]) -> None:
         if m.version != VERSION:
             self._refuse(src, m, "version", str(VERSION), str(m.version), out)
+            return
+        if not 0 <= m.rank < m.namespace.ranks <= MAX_RANKS:
+            self._refuse(src, m, "ranks", f"at most {MAX_RANKS}", f"rank {m.rank} of {m.namespace.ranks}", out)
             return
         known = self._known(m)
         difference = self._difference(m)
