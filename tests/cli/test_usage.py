@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -122,7 +124,8 @@ def test_help_imports_neither_world_nor_torch() -> None:
     """So that it is quick, and works where only a part is installed."""
     code = (
         "import sys; from kvmove.cli import call; call(['--help']); call(['--version']);"
-        "print([name for name in ('simpy', 'zmq', 'torch', 'nixl', 'yaml', 'numpy', 'fastapi', 'httpx') if name in sys.modules])"
+        "heavy = ('simpy', 'zmq', 'torch', 'nixl', 'yaml', 'numpy', 'fastapi', 'httpx');"
+        "print([name for name in heavy if name in sys.modules])"
     )
     env = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, check=True)
@@ -138,3 +141,26 @@ def test_a_closed_pipe_is_no_error() -> None:
         env["PYTHONUNBUFFERED"] = unbuffered
         done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, env=env, check=False)
         assert (done.stdout, done.stderr, done.returncode) == ("{\n", "", 0)
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_search_that_is_ended_takes_its_processes_along(number: signal.Signals, status: int) -> None:
+    """The signal goes to the one process that was started, as from a service manager, not to its group."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "kvmove", "search", "--processes", "2"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])},
+        start_new_session=True,
+    )
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    deadline = time.monotonic() + 60
+    while len(children.read_text().split()) < 2:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == status and "Traceback" not in err
+    with pytest.raises(ProcessLookupError):  # nobody of its group is left
+        os.killpg(process.pid, 0)
