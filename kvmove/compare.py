@@ -142,7 +142,8 @@ def _reachable(sim: Result, real: Result, schedules: Callable[[], Iterator[Resul
         for op, given in missing.items()
     ]
     if not placed:
-        differs.append(f"the real final placement is none that {tried} simulated schedules give")
+        where = "; ".join(_unequal_placement(sim.placement, real.placement))
+        differs.append(f"the real final placement is none that {tried} simulated schedules give: {where}")
     return Outcome(False, "racing", tried, tuple(differs))
 
 

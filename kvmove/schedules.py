@@ -94,7 +94,7 @@ def _late(built: Built, draw: random.Random) -> Built:
 def _delayed(built: Built, draw: random.Random) -> Built:
     """Most delays are on the way from one node or to one only: moves overtake each other, and the ranks of an instance
     do not march in step."""
-    longest = min(LONGEST_DELAY_NS, built.config.retry_ns)
+    longest = min(LONGEST_DELAY_NS, 2 * built.config.retry_ns)
     names = (*DELAYED, *(PUSH if built.config.push else READ))
     faults = []
     for _ in range(DELAYS):
@@ -105,7 +105,8 @@ def _delayed(built: Built, draw: random.Random) -> Built:
             to=draw.choice(built.nodes) if side > 0.6 else "",
             nth=draw.choice((1, 1, 2, 3)),
         )
-        faults.append(Fault(when=when, delay=Duration.of_ns(_short_ns(draw, SHORTEST_DELAY_NS, longest))))
+        delay = Duration.of_ns(_short_ns(draw, SHORTEST_DELAY_NS, longest))
+        faults.append(Fault(when=when, delay=delay, times=draw.choice((1, 1, 2, 4))))
     return msgspec.structs.replace(built, faults=(*built.faults, *faults))
 
 

@@ -318,7 +318,7 @@ class _Drawer:
                 copy=draw.once_in(4),
                 if_room=draw.once_in(8),
                 idem="same" if draw.once_in(12) else "",
-                deadline=draw.choice(PAUSES) if draw.once_in(16) else None,
+                deadline=draw.choice(PAUSES) if racing and draw.once_in(16) else None,
                 background=self._background(racing),
                 name=self.moves[-1],
             )

@@ -218,7 +218,7 @@ class Transfer:
             transport = self._carry_locally(job)
         else:
             transport = self.carry(job)
-        if fate.stuck:  # what has landed has landed, but nobody is told
+        if fate.stuck and not fate.fail:  # what has landed has landed, but nobody is told
             job.aborted.wait()
             raise Stopped
         if fate.slow > 1.0:

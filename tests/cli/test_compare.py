@@ -67,7 +67,8 @@ def test_racing_compares_the_final_placement_too() -> None:
     sim = result("sim", operation("m"), placement={"b/cpu": {"p": 12}})
     real = result("real", operation("m"), placement={"a/cpu": {"p": 12}, "b/cpu": {"p": 12}})
     assert compare.outcome("racing", sim, real).differs == (
-        "the real final placement is none that 1 simulated schedules give",
+        "the real final placement is none that 1 simulated schedules give: a/cpu ends with 0 tokens of p in simulation,"
+        " 12 for real",
     )
     assert compare.outcome("racing", sim, real, lambda: iter([real])).equal
 

@@ -22,6 +22,8 @@ from kvmove.schedules import schedules
 from kvsim.run import run
 from tests.compare.strategies import examples, note, scenarios
 
+#: Simulated schedules that a racing answer is looked for in; most are met by the first.
+BUDGET = 1000
 EXAMPLES = examples("KVMOVE_REAL_EXAMPLES", 2 * len(KINDS))
 
 
@@ -29,7 +31,7 @@ EXAMPLES = examples("KVMOVE_REAL_EXAMPLES", 2 * len(KINDS))
 def player() -> Iterator[Player]:
     pytest.importorskip("zmq", reason="the real world is not installed: no pyzmq")
     pytest.importorskip("numpy", reason="the real world is not installed: no numpy")
-    with Player(("sim", "real")) as found:
+    with Player(("sim", "real"), budget=BUDGET) as found:
         yield found
 
 
