@@ -446,3 +446,12 @@ def test_what_is_over_is_forgotten() -> None:
     assert not ghosts.open and len(ghosts.over) == 8
     assert not any(ghosts.standing.values())
     assert len(pickle.dumps(watch.checker)) < 4000
+
+
+def test_leak_a_timer_that_nothing_waits_for() -> None:
+    for node, name in (("a/0", ("lease", 1)), ("ctl", ("retry", 1))):
+        w = Story(Rules())
+        watch = attach(w)
+        w.machines[node].timers.set(name, w.now + S)
+        watch.quiet(w)
+        assert broken(watch) == ["Leak"] and f"timer {name[0]} of" in watch.checker.violations[0].text
