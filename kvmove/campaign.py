@@ -25,7 +25,7 @@ PHASES: Final[dict[str, tuple[str, ...]]] = {
     ),
     "view": ("Beat", "Delta", "Resync", "Snap"),
     "pin": ("MoveRequest", "Begin", "Pin", "Pinned", "Renew"),
-    "reserve": ("Fetch", "Reserved", "Refused"),
+    "reserve": ("Fetch", "Reserved", "Refused", "Promised"),
     "copy": (
         *("StartCopy", "CopyDone", "Push", "Pushed", "Fence", "Fenced", "Stop", "Stopped"),
         *("AbortCopy", "CopyStopped", "Suspect", "PeerGone", "CloseWindow", "WindowClosed"),
