@@ -163,8 +163,9 @@ class EventLog:
             record.enter(event.state, now)
         if record.told != record.state or record.kind != "move":
             record.told = record.state
-            self._tell("event", self.view(record, False))
-        if record.parent in self.records:
+            if self.streams:  # a view is for somebody to look at: a move comes through here at each of its steps
+                self._tell("event", self.view(record, False))
+        if self.streams and record.parent in self.records:
             parent = self.records[record.parent]
             if parent.outcome is None and event is not None and event.state == "pinning":
                 self._tell("event", self.view(parent, False))
