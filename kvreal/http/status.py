@@ -46,18 +46,25 @@ def code_of(reason: str) -> int:
     return CODES.get(reason, OTHER)
 
 
+def one_line(text: str) -> str:
+    """What a stranger wrote, quoted: it begins no lines in anybody's log."""
+    return text if text.isprintable() else "".join([c if c.isprintable() else repr(c)[1:-1] for c in text])
+
+
 def refusal(reason: str, detail: str, event: int = 0, known: Optional[List[str]] = None, field: str = "") -> Reply:
     """An error with a body that says which event, if there is one, and what is known."""
     status = code_of(reason)
     headers = {REASON_HEADER: reason}
     if status in RETRY_AFTER_S:
         headers["Retry-After"] = str(RETRY_AFTER_S[status])
+    if status == 413:
+        headers["Connection"] = "close"  # nobody reads the rest
     body = ErrorReply(
         reason=reason,
-        detail=detail or reason.replace("_", " "),
+        detail=one_line(detail) or reason.replace("_", " "),
         event_id=event_name(event) if event else UNSET,
         known=UNSET if known is None else known,
-        field=field or UNSET,
+        field=one_line(field) or UNSET,
     )
     return Reply(status, body, headers)
 

@@ -17,7 +17,6 @@ from kvcore.protocol.messages import Wire
 from kvreal.controller import ReplySocket, listen
 from kvreal.endpoints import Endpoints, Header
 from kvreal.http.app import create_app
-from kvreal.http.auth import AuthDependency
 from kvreal.http.events import EventLog
 from kvreal.http.face import Face
 from kvreal.journal_sqlite import open_journal
@@ -28,12 +27,11 @@ from tests.real.http.cluster import QUICK, Workers, eventually
 class Inside:
     """``recorded``: (from, to, raw parts) of every frame that any node here has sent."""
 
-    def __init__(self, folder: Path, *instances: str, ranks: int = 1, auth: AuthDependency | None = None) -> None:
+    def __init__(self, folder: Path, *instances: str, ranks: int = 1) -> None:
         self.folder = folder
         self.network = Endpoints("127.0.0.1:0")
         self.workers = Workers(self.network.address)
         self.recorded: list[tuple[str, str, list[bytes]]] = []
-        self.auth = auth
         self.before = 0
         self.workers.run(self._start())
         self.url = f"http://127.0.0.1:{self.http.getsockname()[1]}"
@@ -56,7 +54,7 @@ class Inside:
         self.reply = ReplySocket(self.network, "127.0.0.1:0", lambda: {"service": "kvmove controller"})
         self.reply.start()
         self.http: socket.socket = listen("127.0.0.1", 0)
-        self.app = create_app(self.face, auth_dependency=self.auth)
+        self.app = create_app(self.face)
         config = uvicorn.Config(self.app, log_config=None, lifespan="off", ws="none")
         self.server = uvicorn.Server(config)
         self.server.install_signal_handlers = lambda: None  # type: ignore[attr-defined]
