@@ -7,6 +7,7 @@ only a part is installed.
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from typing import Annotated, Final
@@ -94,6 +95,9 @@ _USAGE_ERROR: Final[type[Exception]] = next(
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run a command and exit with its status. Known errors become one line on stderr; anything else is a bug."""
+    for number in (signal.SIGTERM, signal.SIGHUP):  # what a command began is then ended by its own with blocks
+        if signal.getsignal(number) is signal.SIG_DFL:
+            signal.signal(number, lambda number, _: sys.exit(128 + number))
     raise SystemExit(call(argv))
 
 

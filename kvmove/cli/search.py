@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import signal
-import sys
 import time
 from typing import Annotated
 
@@ -58,7 +56,6 @@ def search(
     names = [output.choice("world", name, known) for name in worlds or known]
     if len(set(names)) < len(names):
         raise UserError(f"world {next(name for name in names if names.count(name) > 1)}: named twice")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # search_all then ends the others
     started = time.monotonic()
     total, good = 0, True
     with output.progress(f"searching {output.plural(len(names), 'world')}, {states:,} states each at most"):

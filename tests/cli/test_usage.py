@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -155,12 +156,18 @@ def test_a_search_that_is_ended_takes_its_processes_along(number: signal.Signals
         start_new_session=True,
     )
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-    deadline = time.monotonic() + 60
-    while len(children.read_text().split()) < 2:
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.02)
-    process.send_signal(number)
-    _, err = process.communicate(timeout=30)
-    assert process.returncode == status and "Traceback" not in err
-    with pytest.raises(ProcessLookupError):  # nobody of its group is left
-        os.killpg(process.pid, 0)
+    try:
+        deadline = time.monotonic() + 60
+        while len(children.read_text().split()) < 2:
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.02)
+        time.sleep(0.5)  # Python loses what a signal raises while os.fork is still at its hooks
+        process.send_signal(number)
+        _, err = process.communicate(timeout=30)
+        assert process.returncode == status and "Traceback" not in err
+        with pytest.raises(ProcessLookupError):  # nobody of its group is left
+            os.killpg(process.pid, 0)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()

@@ -35,8 +35,8 @@ def search_all(
     """Search worlds side by side, yielding each as it ends."""
     others = active_children()
     with ProcessPoolExecutor(processes, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN)) as pool:
-        futures = [pool.submit(search, name, max_states, without) for name in names]
         try:
+            futures = [pool.submit(search, name, max_states, without) for name in names]
             for future in as_completed(futures):
                 yield future.result()
         except BaseException:  # Ctrl-C, or nobody asks any more: a pool alone would wait until every world is searched
