@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -24,9 +25,16 @@ def console(*, to_stderr: bool = False) -> Console:
     """Styled on a terminal, plain text in a pipe."""
     from rich.console import Console
 
+    class Quiet(Console):
+        """Nobody reads any more (``| head``): go on in silence, for the exit status is still to be told."""
+
+        def on_broken_pipe(self) -> None:
+            self.quiet = True
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
+
     stream = sys.stderr if to_stderr else sys.stdout
     width = None if stream.isatty() else PIPE_WIDTH
-    return Console(file=stream, width=width, highlight=False, soft_wrap=False)
+    return Quiet(file=stream, width=width, highlight=False, soft_wrap=False)
 
 
 @contextmanager

@@ -41,7 +41,13 @@ def print_run(screen: Console, played: Played, *, kept: bool) -> None:
         print_replay(screen, played.replay)
     if played.comparison is not None:
         print_comparison(screen, played.comparison)
-    screen.print("[bold green]ok[/bold green]\n" if played.good else "[bold red]FAILED[/bold red]\n")
+    screen.print(f"{_verdict(played)}\n")
+
+
+def _verdict(played: Played) -> str:
+    if not played.good:
+        return "[bold red]FAILED[/bold red]"
+    return "[bold yellow]skipped[/bold yellow]" if played.skipped else "[bold green]ok[/bold green]"
 
 
 def print_line(screen: Console, played: Played) -> None:
