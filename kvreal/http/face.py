@@ -143,10 +143,12 @@ class Face:
         return self._moved(await self._begin(request), body.old_position, body.new_position)
 
     async def _begin(self, request: MoveRequest) -> Answer:
-        """The first answer; the last one where the move has failed in the same breath."""
+        """The first answer; the last one where the move has failed in the same breath. A request that was made before
+        is answered as it was then, whatever has become of it since."""
+        again = bool(request.idem) and request.idem in self.machine.moves.by_idem
         asked = self.service.begin(request)
         answer = await asked.first
-        if asked.end.done() and (end := asked.end.result()).state == "failed":
+        if not again and asked.end.done() and (end := asked.end.result()).state == "failed":
             return end
         return answer
 
