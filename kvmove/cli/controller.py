@@ -36,7 +36,8 @@ def controller(
         str, typer.Option("--durability", help="process: survives SIGKILL; power: fsync before each send.")
     ] = "process",
     tokens: Annotated[
-        str | None, typer.Option("--tokens", help="A file of bearer tokens and their roles.", metavar="FILE")
+        str | None,
+        typer.Option("--tokens", help="Bearer tokens, a line each: read TOKEN or move TOKEN.", metavar="FILE"),
     ] = None,
     keys: Annotated[
         str | None, typer.Option("--keys", help="CURVE keys of `kvmove keys`, for the workers' ports.", metavar="DIR")

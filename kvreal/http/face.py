@@ -283,7 +283,7 @@ class Face:
             return self._unknown(body.event_id)
         answer = await self.service.ask(PinRequest("", ("", ""), (), (), round(body.seconds * NS), numbers[0]))
         if answer.reason == "unknown_event":
-            return self._unknown(body.event_id)
+            return self._no_pin(body.event_id)
         return self._pinned(answer, ("", ""), True)
 
     async def unpin(self, body: b.EventBody) -> Reply:
@@ -292,8 +292,20 @@ class Face:
             return self._unknown(body.event_id)
         answer = await self.service.ask(UnpinRequest("", numbers[0]))
         if answer.reason == "unknown_event":
-            return self._unknown(body.event_id)
+            return self._no_pin(body.event_id)
         return self._pinned(answer, ("", ""), False)
+
+    def _no_pin(self, name: str) -> Reply:
+        """The machine holds no such pin: 409 if the event is known all the same, with what it is; else 404."""
+        reply = self.event(name)
+        view = reply.body
+        if not isinstance(view, b.EventView):
+            return reply
+        reason = "already_done" if view.kind == "pin" else "no_pin"
+        ended = f" ({view.reason})" if isinstance(view.reason, str) else ""
+        detail = f"event {name} is a {view.kind}, {view.state}{ended}: it keeps nothing"
+        error = b.ErrorReply(reason=reason, detail=detail, event_id=name, state=view.state)
+        return Reply(409, error, {REASON_HEADER: reason})
 
     async def clear(self, body: b.ClearBody) -> Reply:
         position = (body.instance_id, body.location)

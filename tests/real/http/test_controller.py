@@ -282,8 +282,11 @@ def test_a_lease_is_kept_renewed_and_ended(shared: Cluster) -> None:
     assert shared.controller.post("/unpin", event_id=name).status_code == 200
     event = shared.controller.event(name)
     assert (event["state"], event["reason"]) == ("done", "unpinned")
-    assert shared.controller.post("/unpin", event_id=name).status_code == 404
-    assert shared.controller.post("/lease", event_id=name, seconds=1).status_code == 404
+    assert shared.controller.post("/unpin", event_id="9-9").status_code == 404
+    for path, more in (("/unpin", {}), ("/lease", {"seconds": 5})):
+        again = shared.controller.post(path, event_id=name, **more)
+        assert (again.status_code, again.json()["reason"], again.json()["state"]) == (409, "already_done", "done")
+    assert shared.controller.post("/lease", event_id="9-9", seconds=1).status_code == 404
     assert shared.controller.post("/lease", seconds=1).status_code == 422
 
 
