@@ -213,6 +213,7 @@ def test_empty_tokens_move_all_of_a_location(shared: Cluster) -> None:
 
 # ---- events
 def test_an_unknown_event_is_404_and_names_known_ones(shared: Cluster) -> None:
+    assert shared.controller.move("a", "b", prompt(18_500)).status_code == 200  # one that is known
     for name in ("9-9", "nonsense", "1-1.9-9", "١-1"):
         answer = shared.controller.http.get(f"/events/{name}")
         assert (answer.status_code, answer.json()["reason"]) == (404, "unknown_event")
