@@ -15,7 +15,7 @@ def search(
     worlds: Annotated[
         list[str] | None, typer.Argument(metavar="[WORLD]...", help="Which; all if none is named.")
     ] = None,
-    states: Annotated[int, typer.Option("--states", help="Stop after this many states of a world.", min=1)] = 20_000,
+    states: Annotated[int, typer.Option("--states", help="Stop after this many states of a world.", min=1)] = 4_000,
     without: Annotated[
         list[str] | None, typer.Option("--without", help="Switch a rule off, as in h03. Repeatable.", metavar="RULE")
     ] = None,
