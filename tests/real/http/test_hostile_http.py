@@ -65,7 +65,7 @@ def test_every_answer_is_one_that_the_document_has(inside: Inside, mode: Generat
 
 
 def attacked(inside: Inside, strategy: Any, tried: dict[str, int], label: str) -> None:
-    @settings(max_examples=20, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), database=None)
+    @settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), database=None)
     @given(case=strategy)
     def attack(case: Any) -> None:
         tried[label] += 1

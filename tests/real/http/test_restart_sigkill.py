@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,10 +18,11 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.real.http.cluster import MS, QUICK, ROOT, Cluster, Controller, Workers, eventually
+from tests.real.http.cluster import CPU, MS, QUICK, ROOT, Cluster, Controller, Workers, eventually
 
 pytestmark = pytest.mark.real
 LAST = 40
+ENDED = ("done", "failed")
 
 
 class Mother:
@@ -196,3 +199,73 @@ def nothing_leaks(found: Cluster) -> None:
     for index, refs, moving, user, retained in found.workers.run(pools()):
         assert refs == [1] * index
         assert (moving, user, retained) == ({}, {}, {})
+
+
+def test_the_view_converges_while_moves_go_on(tmp_path: Path, mother: Mother) -> None:
+    """Six prompts wander between two instances through five lives of the controller; none is lost."""
+    lives = Lives(tmp_path, mother)
+    found = Cluster(lives, Workers(f"127.0.0.1:{lives.pull}"))
+    prompts = [list(range(n * 1000, n * 1000 + 200)) for n in range(6)]
+    enough = threading.Event()
+    ended: Counter[str] = Counter()
+    try:
+        lives.begin(0, True)
+        for name in ("a", "b"):
+            found.workers.add(name, ranks=2)
+        found.known("a", "b")
+        for tokens in prompts:
+            found.stored("a", tokens)
+        threads = [
+            threading.Thread(target=wander, args=(f"http://127.0.0.1:{lives.port}", tokens, enough, ended), daemon=True)
+            for tokens in prompts
+        ]
+        for thread in threads:
+            thread.start()
+        for life in range(4):
+            before = ended["done"]
+            eventually(lambda before=before: ended["done"] >= before + 5, 20, f"moves go on in life {life}")
+            os.kill(lives.pid, signal.SIGKILL)
+            assert lives.ended_by() == signal.SIGKILL
+            lives.begin(0, True)
+        enough.set()
+        for thread in threads:
+            thread.join(20)
+            assert not thread.is_alive()
+        found.known("a", "b")
+        nothing_leaks(found)
+        for tokens in prompts:
+            here = {name: found.workers.use(name, tokens) for name in ("a", "b")}
+            assert max(here.values()) == 200, here
+            expected = {name: count for name, count in here.items() if count}
+            eventually(lambda tokens=tokens, expected=expected: lives.held(tokens) == expected, 10, f"{expected}")
+            # A move that a death failed may leave a copy behind; the next one takes the source with it.
+            src, dst = ("a", "b") if here["a"] == 200 else ("b", "a")
+            assert lives.ended(lives.move(src, dst, tokens).json()["event_id"])["state"] == "done"
+            assert (found.workers.use(src, tokens), found.workers.use(dst, tokens)) == (0, 200)
+        assert not [event for event in lives.http.get("/events").json()["events"] if event["state"] not in ENDED]
+    finally:
+        enough.set()
+        found.close()
+
+
+def wander(url: str, tokens: list[int], enough: threading.Event, ended: Counter[str]) -> None:
+    """Move one prompt to and fro; each request is repeated under its key until somebody answers."""
+    places = ["a", "b"]
+    with httpx.Client(base_url=url, timeout=20) as http:
+        for turn in itertools.count():
+            body = {
+                "old_position": [places[0], CPU], "new_position": [places[1], CPU], "tokens": tokens,
+                "idempotency_key": f"{tokens[0]}-{turn}",
+            }  # fmt: skip
+            state = ""
+            while not enough.is_set() and state not in ENDED:
+                with contextlib.suppress(httpx.TransportError):
+                    answer = http.post("/move", json=body).json()
+                    if answer.get("event_id"):
+                        event = http.get(f"/events/{answer['event_id']}/wait", params={"timeout": 20}).json()
+                        state = event.get("state", "")
+            if enough.is_set():
+                return
+            ended[state] += 1
+            if state == "done":
+                places.reverse()
