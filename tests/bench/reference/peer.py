@@ -105,9 +105,6 @@ class Reference:
     def registry(self) -> Script:
         return self.script("registry", "registry.py", self.pull, self.reply)
 
-    def pids(self) -> List[int]:
-        return [self.process.pid, *[script.process.pid for script in self.scripts]]
-
     def post(self, path: str, **body: Any) -> httpx.Response:
         return self.http.post(path, json=body)
 
