@@ -239,7 +239,8 @@ class RankOutcome(Reply, frozen=True, kw_only=True):
 
 
 class ChunkOutcome(Reply, frozen=True):
-    """`destination`: copied, present (was there already), or none. `source`: deleted, kept, unknown or untouched."""
+    """`destination`: copied, present (was there already), none, or unknown (the controller died before it heard).
+    `source`: deleted, kept, unknown or untouched."""
 
     index: int
     num_tokens: int

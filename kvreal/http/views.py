@@ -77,7 +77,7 @@ def view_of(record: Record, full: bool, expires_in_s: Optional[float]) -> EventV
         requested_chunks=len(record.lens) or UNSET,
         requested_tokens=sum(record.lens) or UNSET,
         transport=(outcome.via if outcome is not None else event.via if event is not None else "") or UNSET,
-        bytes=sum(rank.bytes for rank in ranks) if record.kind == "move" else UNSET,
+        bytes=sum(rank.bytes for rank in ranks) if record.kind == "move" and not _unheard(record) else UNSET,
         begun=record.begun_ns / 1e9 if record.begun_ns else UNSET,
         ended=record.ended_ns / 1e9 if record.ended_ns else UNSET,
         duration_s=(record.ended_ns - record.begun_ns) / 1e9 if record.ended_ns and record.begun_ns else UNSET,
@@ -123,6 +123,12 @@ def _n(record: Record) -> int:
     return record.event.n if record.event is not None else record.decided_n
 
 
+def _unheard(record: Record) -> bool:
+    """What the destinations said of it went with an earlier life of the controller."""
+    restored = not record.begun_ns
+    return restored and (record.event is None or (record.decided_n > 0 and not record.committed))
+
+
 def _ranks(record: Record) -> List[RankOutcome]:
     event = record.event
     if event is None:
@@ -165,12 +171,17 @@ def _chunks(record: Record) -> List[ChunkOutcome]:
     ranks = len(event.src) if event is not None else 0
     n = _n(record)
     copy = record.request is not None and record.request.copy
+    unheard = _unheard(record)
     found: List[ChunkOutcome] = []
     present = [set(record.present.get(r, ())) for r in range(ranks)]
     kept = [set(record.kept_at.get(r, ())) for r in range(ranks)]
     for i, tokens in enumerate(record.lens):
         here = [record.committed.get(r, 0) > i for r in range(ranks)]
-        if state == "failed" or not ranks or not all(here) or i >= n:
+        if unheard and state == "failed":
+            where = "unknown"  # a destination may have committed it all the same
+        elif unheard and i < n:
+            where = "copied"  # decided: it is there
+        elif state == "failed" or not ranks or not all(here) or i >= n:
             where = "none"
         else:
             where = "present" if all(i in there for there in present) else "copied"
@@ -180,8 +191,6 @@ def _chunks(record: Record) -> List[ChunkOutcome]:
             source = "kept"
         else:
             source = _source(record, event, ranks, kept, i)
-        if state == "done" and event is None and i < n:
-            where = "copied"
         if state == "done" and record.outcome is not None and record.outcome.reason == "same_place" and i < n:
             where, source = "present", "kept"  # a move to where it is: nothing was copied, and nothing deleted
         found.append(ChunkOutcome(i, tokens, where, source))

@@ -248,9 +248,14 @@ def test_a_restarted_log_knows_what_the_journal_knows(with_details: bool) -> Non
     releasing = log.get(decided)
     assert releasing is not None
     assert releasing.state == "releasing"
+    assert [c.destination for c in releasing.chunks] == ["copied"] * 3  # type: ignore[union-attr]
+    assert releasing.bytes is msgspec.UNSET  # how many of them were there before was not journaled
     failed = log.get(begun)
     assert failed is not None
     assert (failed.state, failed.reason) == ("failed", "controller_restarted")
+    assert failed.chunks
+    assert {(c.destination, c.source) for c in failed.chunks} == {("unknown", "untouched")}
+    assert failed.bytes is msgspec.UNSET
 
 
 def test_ended_events_are_kept_by_count() -> None:
