@@ -23,7 +23,7 @@ from typing import Callable, Dict, List, Optional, Tuple
 import msgspec
 
 from kvreal.memory import Place
-from kvreal.transfer.frames import Answering, TransferError, asked, read_exactly
+from kvreal.transfer.frames import Answering, Stranger, TransferError, asked, read_exactly
 
 __all__ = ["Grant", "Hello", "Info", "TransferError", "Window", "WindowServer", "read_exactly"]
 
@@ -172,6 +172,8 @@ class WindowServer:
             sock.settimeout(HELLO_TIMEOUT_S)
             window = Window(_hello(dialled.read()), sock)
             sock.settimeout(None)
+            if dialled.secret != self.secret:
+                raise Stranger("came before there was a secret")
             why = self._open(window)
             if not why:
                 return window

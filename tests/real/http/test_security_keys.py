@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import pickle
 import re
 import socket
@@ -14,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import httpx
 import msgspec
 import numpy as np
 import pytest
@@ -33,6 +35,7 @@ from kvreal.transfer.frames import Challenge, Sealed, read_message, send_message
 from kvreal.transfer.tcp import TcpTransfer
 from kvreal.transfer.window import Grant, Hello, Info, TransferError, open_window
 from tests.real.http.cluster import QUICK, ROOT, Cluster, Controller, Workers, eventually
+from tests.real.http.processes import commands, free_ports
 
 pytestmark = pytest.mark.real
 MESSAGE = Alive(1, 2, 3)
@@ -370,6 +373,17 @@ def test_garbage_at_a_window_is_refused_and_does_no_harm(sides: Callable[[str, b
     assert not Bomb.went_off
 
 
+def test_who_came_before_there_was_a_secret_is_refused_after(sides: Callable[[str, bytes], Side]) -> None:
+    a = sides("a", b"")
+    hello = msgspec.msgpack.encode(Hello("kvmove", "read", "b", 1, "a", 1, "A", ((0, 4096),)))
+    with socket.create_connection(("127.0.0.1", a.transfer.windows.port)) as sock:
+        eventually(lambda: a.transfer.windows.strangers == 1)
+        a.transfer.windows.secret = b"s" * 32
+        send_message(sock, hello)
+        with pytest.raises(ConnectionError):
+            read_message(sock)
+
+
 def test_those_who_connect_and_say_nothing_are_bounded(
     sides: Callable[[str, bytes], Side], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -428,6 +442,52 @@ def test_a_move_with_keys_and_a_worker_without_them_is_not_heard(mine: Path, tmp
     finally:
         strange.close()
         found.close()
+
+
+INSTANCE = """\
+enable_controller: true
+lmcache_instance_id: {name}
+controller_pull_url: localhost:{pull}
+chunk_size: 64
+transfer_channel: tcp
+kvmove:
+  {{bytes_per_token: 512 B, locations: {{LocalCPUBackend: 1 MiB}}, ranks: 2, {keys}
+   constants: {{beat: 100 ms, dead: 700 ms}}}}
+"""
+
+
+def test_instances_with_keys_in_their_files(mine: Path, tmp_path: Path) -> None:
+    """Their ranks, a process each, speak with the controller and with one another; one without keys is not heard."""
+    pull, reply, http, *ports = free_ports(6)
+    monitor = json.dumps({"pull": pull, "reply": reply})
+    with commands(tmp_path) as start:
+        start("ctl", ["controller", "--port", str(http), "--monitor-ports", monitor, "--keys", str(mine)])
+        instances = []
+        for name, port in zip("abz", ports):
+            keys = "" if name == "z" else f"keys: {mine},"
+            (tmp_path / f"{name}.yaml").write_text(INSTANCE.format(name=name, pull=pull, keys=keys))
+            instances.append(start(name, ["instance", "--config", f"{name}.yaml", "--port", str(port)]))
+        for one in instances[:2]:
+            one.until_says(": registered")
+        tokens = list(range(100, 300))
+        body = {"model": "meta-llama/Llama-3.1-8B-Instruct", "prompt": tokens, "max_tokens": 1}
+        assert httpx.post(f"http://127.0.0.1:{ports[0]}/v1/completions", json=body, timeout=20).status_code == 200
+        with httpx.Client(base_url=f"http://127.0.0.1:{http}", timeout=20) as client:
+            move = {
+                "old_position": ["a", "LocalCPUBackend"],
+                "new_position": ["b", "LocalCPUBackend"],
+                "tokens": tokens,
+            }
+            answer = eventually(lambda: _moved(client.post("/move", json=move).json()))
+            event = client.get(f"/events/{answer['event_id']}/wait", params={"timeout": 20}).json()
+            assert (event["state"], event["num_tokens"]) == ("done", 200)
+            assert [one["instance_id"] for one in client.get("/instances").json()["instances"]] == ["a", "b"]
+        assert "registered" not in instances[2].text()
+
+
+def _moved(answer: dict[str, object]) -> dict[str, object]:
+    """Empty as long as the controller does not know yet what was stored."""
+    return answer if answer.get("num_tokens") else {}
 
 
 # ---- pickle
