@@ -22,7 +22,7 @@ def pin(
     token_file: asking.TokenFile = None,
     json_out: asking.Json = False,
 ) -> None:
-    """Keep a prompt's chunks from being evicted or moved away, until unpin.
+    """Keep a prompt's chunks from being evicted or moved away, until unpin; at most 10 minutes (the constant hold).
 
     Example:
 
