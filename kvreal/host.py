@@ -57,6 +57,7 @@ class Host:
         self.going: bool = True
         self.backlog: List[c.Said] = []
         self.reports: int = 0
+        self.carried: Dict[int, None] = {}
         self.poller: zmq.Poller = zmq.Poller()
         for source in (self.network.pull, pipe.read_fd, self.transfer.fileno(), self.engine.wake):
             self.poller.register(source, zmq.POLLIN)
@@ -117,18 +118,21 @@ class Host:
             select.select([], [self.pipe.write_fd], [], 1.0)
             self.pipe.flush()
 
-    def report(self, actions: Tuple[Action, ...], wait: bool) -> None:
-        """Say Fired; wait until the runner has seen to it, but not for long: it may wait for us."""
+    def report(self, actions: Tuple[Action, ...], wait: bool, obey: bool) -> None:
+        """Say Fired; wait until the runner has seen to it, but not for long: it may wait for us. ``obey``: the machine
+        is between two inputs, and takes what it is given meanwhile."""
         self.reports += 1
         number = self.reports
         self.pipe.say(c.Fired(actions, number if wait else 0))
         until = time.monotonic() + CARRIED_TIMEOUT_S
-        while wait and not self.pipe.ended and (left := until - time.monotonic()) > 0:
+        while wait and number not in self.carried and not self.pipe.ended and (left := until - time.monotonic()) > 0:
             self.flush()
             select.select([self.pipe.read_fd], [], [], left)
             for message in self.pipe.hear():
-                if isinstance(message, c.Carried) and message.wait == number:
-                    wait = False
+                if isinstance(message, c.Carried):
+                    self.carried[message.wait] = None
+                elif obey and isinstance(message, c.Give) and self.node is not None:
+                    self.node.give(message.input)
                 else:
                     self.backlog.append(message)
 

@@ -41,7 +41,7 @@ class Parts(msgspec.Struct, frozen=True):
     engine: EngineThread
     network: Network
     say: Callable[[Said], None]
-    report: Callable[[Tuple[Action, ...], bool], None]
+    report: Callable[[Tuple[Action, ...], bool, bool], None]
     """Tell the runner that faults ask for actions; True: return when they have been carried out."""
     flush: Callable[[], None]
 
@@ -275,14 +275,15 @@ class Node:
 
     # ---- faults of nodes
     def _befall(self, actions: Tuple[Action, ...]) -> None:
-        """Of an input: all of it before the machine sees it."""
-        self._befall_others(actions)
+        """Of an input: all of it before the machine sees it, also what this node is told to do."""
+        if actions:
+            self.parts.report(actions, True, True)
         self._befall_me(actions)
 
     def _befall_others(self, actions: Tuple[Action, ...]) -> None:
         """Of an effect: what happens to other nodes has happened before a message sent at the anchor arrives."""
         if actions:
-            self.parts.report(actions, any(getattr(action, "node", "") != self.name for action in actions))
+            self.parts.report(actions, any(getattr(action, "node", "") != self.name for action in actions), False)
 
     def _befall_me(self, actions: Tuple[Action, ...]) -> None:
         """What happens to this node happens after the effect, and before what follows it."""

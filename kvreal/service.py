@@ -178,7 +178,7 @@ class Service:
         built = Built(spec.name, "racing", 0, spec.config, (spec,), 0)
         parts = Parts(
             self.worker.memory, self.worker.transfer, self.worker.engine, cast(Any, network), self._said,
-            lambda actions, wait: None, lambda: None,
+            lambda actions, wait, obey: None, lambda: None,
         )  # fmt: skip
         #: the machine's clock counts from 1970, and never jumps: what it stamps means something to others as well
         self.base_ns: int = time.monotonic_ns() - time.time_ns()

@@ -89,7 +89,7 @@ def test_a_run_of_its_own_leaves_nothing(nothing_left: None, transport: str) -> 
 def test_an_exception_halfway_leaves_nothing(nothing_left: None, monkeypatch: pytest.MonkeyPatch) -> None:
     from kvreal.session import Session
 
-    def burst(self: Session) -> None:
+    def burst(self: Session, seen: int = -1) -> bool:
         raise ZeroDivisionError
 
     monkeypatch.setattr(Session, "settle", burst)
