@@ -57,8 +57,6 @@ def refusal(reason: str, detail: str, event: int = 0, known: Optional[List[str]]
     headers = {REASON_HEADER: reason}
     if status in RETRY_AFTER_S:
         headers["Retry-After"] = str(RETRY_AFTER_S[status])
-    if status == 413:
-        headers["Connection"] = "close"  # nobody reads the rest
     body = ErrorReply(
         reason=reason,
         detail=one_line(detail) or reason.replace("_", " "),
