@@ -312,9 +312,10 @@ class FaultPlan:
         for label in self._labels.pop(action.fault, ()):
             self.fired[label] = self.fired.get(label, 0) + 1
         self.acted[action.fault] = None
-        if isinstance(action, Partition):
+        # A node that has noticed it itself may be told of it as well: it ends once.
+        if isinstance(action, Partition) and action not in self.blocks:
             self.blocks.append(action)
-        elif isinstance(action, Slow):
+        elif isinstance(action, Slow) and action not in self.slowed:
             self.slowed.append(action)
 
     def end(self, action: Action) -> None:

@@ -254,3 +254,13 @@ def test_one_plan_for_all_nodes_says_what_a_plan_for_each_says(faults: Any, step
         one, other = together.effect(0, node, effect), apart[node].effect(0, node, effect)
         assert msgspec.structs.replace(one, actions=()) == msgspec.structs.replace(other, actions=())
         assert set(one.actions) <= set(other.actions) or not one.actions
+
+
+def test_a_partition_that_is_begun_twice_ends_once() -> None:
+    """A real node that notices it is told of it as well."""
+    plan = FaultPlan((), Config(), ("a/0", "b/0"))
+    for action in (Partition(("a/0",), ("b/0",), fault=0), Slow("a/0", 2.0, fault=1)):
+        plan.begin(action)
+        plan.begin(action)
+        plan.end(action)
+    assert not plan.blocked("a/0", "b/0") and plan.slowness("a/0") == 1.0
