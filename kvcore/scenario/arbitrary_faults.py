@@ -215,7 +215,7 @@ class FaultDrawer:
     def _slow(self) -> Fault:
         slow = SlowFault(
             node=self.draw.choice(self.nodes),
-            factor=float(self.draw.choice((2, 10, 100))),
+            factor=float(self.draw.choice((2, 10, 30))),
             duration=self._some_time(SHORT),
         )
         return Fault(when=self._anchor(), slow=slow)
