@@ -80,6 +80,7 @@ class Window:
     def __init__(self, hello: Hello, sock: socket.socket) -> None:
         self.hello: Hello = hello
         self.sock: socket.socket = sock
+        self.granted: bool = False
         self.revoked: bool = False
 
 
@@ -149,20 +150,27 @@ class WindowServer:
             if window is None:
                 return
             try:
-                try:
-                    self.prepare(window)
-                except Exception as error:
-                    self.refused += 1
-                    dialled.send(_encode(Grant(False, str(error))))
-                    return
-                dialled.send(_encode(Grant(True, "", self.info(window.hello.layout))))
-                self.serve(window)
+                self._granted(dialled, window)
             except (OSError, TransferError):
                 pass  # the other side sees the end of the connection
             finally:
                 with self.lock:
                     self.windows.remove(window)
-        self.ended()
+        self.ended()  # however it ended: whoever closes the window waits for this
+
+    def _granted(self, dialled: Answering, window: Window) -> None:
+        try:
+            self.prepare(window)
+        except Exception as error:
+            self.refused += 1
+            dialled.send(_encode(Grant(False, str(error))))
+            return
+        dialled.send(_encode(Grant(True, "", self.info(window.hello.layout))))
+        with self.lock:
+            window.granted = True
+            if window.revoked:  # meanwhile: the word must not come before the grant, or into the middle of it
+                self.revoke(window)
+        self.serve(window)
 
     def _introduced(self, dialled: Answering) -> Optional[Window]:
         """The window that is asked for, open; None: refused, whatever was said."""
@@ -223,7 +231,8 @@ class WindowServer:
     def _revoke(self, window: Window) -> None:
         if not window.revoked:
             window.revoked = True
-            self.revoke(window)
+            if window.granted:
+                self.revoke(window)
 
     def writers(self, peer: str, epoch: int) -> int:
         """How many windows through which (peer, epoch) may still write are open."""
