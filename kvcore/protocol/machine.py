@@ -17,14 +17,10 @@
 
 from __future__ import annotations
 
-from typing import Tuple, Union
+from typing import Callable, Dict, List, Tuple, Union
 
 import msgspec
 
-from kvcore.protocol.base import Machine as Machine
-from kvcore.protocol.base import ProtocolError as ProtocolError
-from kvcore.protocol.base import TimerName as TimerName
-from kvcore.protocol.base import Timers as Timers
 from kvcore.protocol.messages import (
     Inc,
     Key,
@@ -36,6 +32,8 @@ from kvcore.protocol.messages import (
     SourceOutcome,
     Wire,
 )
+from kvcore.protocol.timers import TimerName as TimerName
+from kvcore.protocol.timers import Timers as Timers
 
 
 class Record(msgspec.Struct, frozen=True, gc=False, tag=True, omit_defaults=True, forbid_unknown_fields=True):
@@ -235,3 +233,41 @@ class Note(Record, frozen=True, gc=False):
 
 
 Effect = Union[Send, StartCopy, AbortCopy, StartFill, StartRead, CloseWindow, Journal, Note]
+
+
+# ---- machines -------------------------------------------------------------------------------------------------------
+class Machine:
+    """Base of controller, worker and client. ``on_timer``: by a timer's kind, what runs when it is due."""
+
+    def __init__(self) -> None:
+        self.timers: Timers = Timers()
+        self.on_timer: Dict[str, Callable[[int, TimerName, List[Effect]], None]] = {}
+
+    def handle(self, now: int, item: Input) -> List[Effect]:
+        raise NotImplementedError
+
+    def run_due(self, now: int, out: List[Effect]) -> bool:
+        """Run every deadline that has passed; True if there was one. Comes before any input, so that a paused node's
+        late messages find its leases ended (H37)."""
+        timers = self.timers
+        name = timers.pop_due(now)
+        if name is None:
+            return False
+        while name is not None:
+            self.on_timer[name[0]](now, name, out)
+            name = timers.pop_due(now)
+        return True
+
+    def fire(self, now: int, name: TimerName, out: List[Effect]) -> None:
+        """Run one armed timer, due or not. Nothing if it has been cancelled."""
+        if self.timers.armed(name):
+            self.timers.cancel(name)
+            self.on_timer[name[0]](now, name, out)
+
+    def pending(self) -> List[str]:
+        """Why this machine is not quiet: one line a thing still open. Empty when quiet."""
+        raise NotImplementedError
+
+
+class ProtocolError(Exception):
+    """A (state, message) pair that the tables do not have. A bug in a machine or a driver, never a user's fault."""

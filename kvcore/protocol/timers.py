@@ -1,12 +1,9 @@
-"""What all machines are made of: deadlines by name, and the one way in. The contract is in machine.py."""
+"""Deadlines by name: pulled, never pushed."""
 
 from __future__ import annotations
 
 import heapq
-from typing import TYPE_CHECKING, Callable, Dict, List, Optional, Tuple
-
-if TYPE_CHECKING:
-    from kvcore.protocol.machine import Effect, Input
+from typing import Dict, List, Optional, Tuple
 
 TimerName = Tuple[str, int, int]
 """(kind, a, b): e.g. ("retry", event, 0)."""
@@ -61,40 +58,3 @@ class Timers:
                 del deadlines[name]
                 return name
         return None
-
-
-class Machine:
-    """Base of controller, worker and client. ``on_timer``: by a timer's kind, what runs when it is due."""
-
-    def __init__(self) -> None:
-        self.timers: Timers = Timers()
-        self.on_timer: Dict[str, Callable[[int, TimerName, List[Effect]], None]] = {}
-
-    def handle(self, now: int, item: Input) -> List[Effect]:
-        raise NotImplementedError
-
-    def run_due(self, now: int, out: List[Effect]) -> bool:
-        """Run every deadline that has passed; True if there was one. Comes before any input, so that a paused node's
-        late messages find its leases ended (H37)."""
-        timers = self.timers
-        name = timers.pop_due(now)
-        if name is None:
-            return False
-        while name is not None:
-            self.on_timer[name[0]](now, name, out)
-            name = timers.pop_due(now)
-        return True
-
-    def fire(self, now: int, name: TimerName, out: List[Effect]) -> None:
-        """Run one armed timer, due or not. Nothing if it has been cancelled."""
-        if self.timers.armed(name):
-            self.timers.cancel(name)
-            self.on_timer[name[0]](now, name, out)
-
-    def pending(self) -> List[str]:
-        """Why this machine is not quiet: one line a thing still open. Empty when quiet."""
-        raise NotImplementedError
-
-
-class ProtocolError(Exception):
-    """A (state, message) pair that the tables do not have. A bug in a machine or a driver, never a user's fault."""
