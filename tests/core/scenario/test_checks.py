@@ -449,7 +449,7 @@ def test_what_is_over_is_forgotten() -> None:
 
 
 def test_leak_a_timer_that_nothing_waits_for() -> None:
-    for node, name in (("a/0", ("lease", 1)), ("ctl", ("retry", 1))):
+    for node, name in (("a/0", ("lease", 1, 0)), ("ctl", ("retry", 1, 0))):
         w = Story(Rules())
         watch = attach(w)
         w.machines[node].timers.set(name, w.now + S)
