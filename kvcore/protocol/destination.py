@@ -56,6 +56,15 @@ class Reservation:
         self.fence: Optional[bool] = None
         self.via: str = ""
 
+    def to_copy(self) -> Tuple[Tuple[int, ...], Tuple[int, ...], Tuple[int, ...]]:
+        """(my slots, the source's slots, lens in tokens) of the chunks that were not here."""
+        new = [i for i, slot in enumerate(self.own) if slot >= 0]
+        return (
+            tuple([self.own[i] for i in new]),
+            tuple([self.src_slots[i] for i in new]),
+            tuple([self.lens[i] for i in new]),
+        )
+
 
 @final
 class Quarantine:
@@ -200,18 +209,13 @@ class Destination:
                     held[i] = -2
 
     def _read(self, r: Reservation) -> StartCopy:
-        ours = tuple(slot for slot in r.own if slot >= 0)
-        theirs = tuple(r.src_slots[i] for i, slot in enumerate(r.own) if slot >= 0)
-        lens = tuple(r.lens[i] for i, slot in enumerate(r.own) if slot >= 0)
+        ours, theirs, lens = r.to_copy()
         return StartCopy(r.rid, True, r.src, r.src_epoch, r.src_location, theirs, r.pool.name, ours, lens, r.endpoint)
 
     def _push(self, r: Reservation) -> Send:
-        ours = tuple(slot for slot in r.own if slot >= 0)
-        theirs = tuple(r.src_slots[i] for i, slot in enumerate(r.own) if slot >= 0)
-        lens = tuple(r.lens[i] for i, slot in enumerate(r.own) if slot >= 0)
-        return Send(
-            r.src, Push(r.rid, r.pid, r.src_location, theirs, r.pool.name, ours, lens, self.epoch, self.endpoint)
-        )
+        ours, theirs, lens = r.to_copy()
+        push = Push(r.rid, r.pid, r.src_location, theirs, r.pool.name, ours, lens, self.epoch, self.endpoint)
+        return Send(r.src, push)
 
     def _stamp(self, r: Reservation, controller: str, stamp: int, incarnation: int) -> None:
         r.controller = controller
