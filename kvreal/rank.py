@@ -26,6 +26,7 @@ from kvcore.protocol import machine as m
 from kvcore.protocol.messages import Answer, StoreRequest, UseRequest
 from kvcore.protocol.worker import Worker
 from kvreal.endpoints import CLUSTER, Endpoints, endpoint_of
+from kvreal.engines.base import Engine
 from kvreal.engines.thread import EngineThread
 from kvreal.http.serving import Held, RankGone
 from kvreal.instance_file import InstanceFile, read
@@ -81,8 +82,10 @@ class Local:
         sink: int,
         said: Callable[[Registration], None],
         keys: Optional[Keys] = None,
+        engine: Optional[Engine] = None,
     ) -> None:
-        """Binds its sockets and makes its memory. EndpointError, SlabError or TransferError, one line each."""
+        """Binds its sockets and makes its memory. EndpointError, SlabError or TransferError, one line each.
+        ``engine``: None for the synthetic one."""
         self.file: InstanceFile = file
         self.rank: int = rank
         self.said: Callable[[Registration], None] = said
@@ -101,7 +104,7 @@ class Local:
         transfer.begin(CLUSTER, self.address)
         controller = endpoint_of(f"{file.controller[0]}:{file.controller[1]}")
         spec = file.spec(rank, self.address, controller)
-        parts = WorkerParts(memory, transfer, EngineThread(memory))
+        parts = WorkerParts(memory, transfer, EngineThread(memory, engine))
         self.service: Service = Service(spec, network, worker=parts)
         self.service.listeners.append(self._step)
         self.service.listeners.append(StepLog(f"{file.instance}/{rank}").step)

@@ -15,6 +15,9 @@ from typing import Any, Final, Tuple
 import numpy as np
 import numpy.typing as npt
 
+from kvcore.protocol.machine import StartFill, StartRead
+from kvreal.memory import Memory
+
 Bytes = npt.NDArray[np.uint8]
 Words = npt.NDArray[np.uint64]
 
@@ -116,3 +119,25 @@ def _equal(one: Bytes, other: Bytes) -> bool:
 
 def _aligned(view: Bytes) -> bool:
     return int(view.ctypes.data) % 8 == 0
+
+
+class Synthetic:
+    """The engine that nodes have when nothing else is said."""
+
+    def fill(self, memory: Memory, task: StartFill, bytes_per_token: int) -> bool:
+        for slot, key, tokens in zip(task.slots, task.keys, task.lens):
+            nbytes = tokens * bytes_per_token
+            if memory.on_gpu(task.location):
+                scratch = blank(nbytes)
+                fill(scratch, key, tokens, bytes_per_token)
+                memory.put(task.location, slot, scratch)
+            else:
+                fill(memory.view(task.location, slot, nbytes), key, tokens, bytes_per_token)
+        return True
+
+    def read(self, memory: Memory, task: StartRead, bytes_per_token: int) -> bool:
+        ok = True
+        for slot, key, tokens in zip(task.slots, task.keys, task.lens):
+            view = memory.get(task.location, slot, tokens * bytes_per_token)
+            ok = check(view, key, tokens, bytes_per_token) < 0 and ok
+        return ok

@@ -1,19 +1,26 @@
-"""The synthetic engine of a node, in a thread beside the loop: stores KV (StartFill) and reads it back (StartRead)."""
+"""The engine of a node, in a thread beside the loop: stores KV (StartFill) and reads it back (StartRead).
+
+What injected faults make of a task (fails, is cut short, spoils a byte) is carried out here, alike for every engine.
+"""
 
 from __future__ import annotations
 
+import logging
 import os
 import queue
 import threading
 from collections import deque
-from typing import Deque, List, Tuple, Union
+from typing import Deque, List, Optional, Tuple, Union
 
 import msgspec
 
 from kvcore.protocol.machine import FillDone, ReadDone, StartFill, StartRead
 from kvreal.engines import synthetic
+from kvreal.engines.base import Engine
 from kvreal.memory import Memory
 from kvreal.transfer.base import Fate
+
+log = logging.getLogger("kvmove.engine")
 
 Task = Union[StartFill, StartRead]
 Result = Union[FillDone, ReadDone]
@@ -28,8 +35,10 @@ class Job(msgspec.Struct, frozen=True):
 class EngineThread:
     """``start`` a task; ``take`` what has ended when ``wake`` (an eventfd) is readable."""
 
-    def __init__(self, memory: Memory) -> None:
+    def __init__(self, memory: Memory, engine: Optional[Engine] = None) -> None:
+        """``engine``: None for the synthetic one."""
         self.memory: Memory = memory
+        self.engine: Engine = engine or synthetic.Synthetic()
         self.wake: int = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self.tasks: queue.SimpleQueue[Job] = queue.SimpleQueue()
         self.results: Deque[Result] = deque()
@@ -37,6 +46,7 @@ class EngineThread:
         self.filled_bytes: int = 0
         self.read_bytes: int = 0
         self.read_errors: int = 0
+        """Tasks whose slots did not hold what their keys stand for."""
         threading.Thread(target=self._run, name="engine", daemon=True).start()
 
     def begin(self) -> None:
@@ -64,41 +74,36 @@ class EngineThread:
             task = job.task
             try:
                 ok = self._fill(job, task) if isinstance(task, StartFill) else self._read(job, task)
-            except Exception:  # a slot that is not there, memory that went away: this task fails, the node goes on
+            except Exception as error:  # a slot that is not there, memory that went away: this task fails, the node not
+                log.warning("%s %d failed: %s: %s", type(task).__name__, task.fid, type(error).__name__, error)
                 ok = False
             self.results.append(FillDone(task.fid, ok) if isinstance(task, StartFill) else ReadDone(task.fid, ok))
             os.eventfd_write(self.wake, 1)
 
     def _fill(self, job: Job, task: StartFill) -> bool:
-        memory = self.memory
         fate = job.fate
-        memory.soil(task.location, task.slots)
-        chunks = list(zip(task.slots, task.keys, task.lens))
-        for slot, key, tokens in chunks[: int(len(chunks) * fate.fraction + 0.5)]:
-            nbytes = tokens * job.bytes_per_token
-            if memory.on_gpu(task.location):
-                scratch = synthetic.blank(nbytes)
-                synthetic.fill(scratch, key, tokens, job.bytes_per_token)
-                memory.put(task.location, slot, scratch)
-            else:
-                synthetic.fill(memory.view(task.location, slot, nbytes), key, tokens, job.bytes_per_token)
-            self.filled_bytes += nbytes
-        if fate.corrupt and chunks:
-            slot, _, tokens = chunks[len(chunks) // 2]
-            spoiled = memory.get(task.location, slot, tokens * job.bytes_per_token).copy()
-            spoiled[len(spoiled) // 2] ^= 0xFF
-            memory.put(task.location, slot, spoiled)
-        return not fate.fail
+        self.memory.soil(task.location, task.slots)
+        n = int(len(task.slots) * fate.fraction + 0.5)
+        part = task if n == len(task.slots) else first_chunks(task, n)
+        ok = self.engine.fill(self.memory, part, job.bytes_per_token)
+        self.filled_bytes += sum(part.lens) * job.bytes_per_token
+        if fate.corrupt and task.slots:
+            middle = len(task.slots) // 2
+            nbytes = task.lens[middle] * job.bytes_per_token
+            spoiled = self.memory.get(task.location, task.slots[middle], nbytes).copy()
+            spoiled[nbytes // 2] ^= 0xFF
+            self.memory.put(task.location, task.slots[middle], spoiled)
+        return ok and not fate.fail
 
     def _read(self, job: Job, task: StartRead) -> bool:
-        ok = True
-        for slot, key, tokens in zip(task.slots, task.keys, task.lens):
-            view = self.memory.get(task.location, slot, tokens * job.bytes_per_token)
-            if synthetic.check(view, key, tokens, job.bytes_per_token) >= 0:
-                ok = False
-                self.read_errors += 1
-            self.read_bytes += len(view)
+        ok = self.engine.read(self.memory, task, job.bytes_per_token)
+        self.read_bytes += sum(task.lens) * job.bytes_per_token
+        self.read_errors += not ok
         return ok and not job.fate.fail
+
+
+def first_chunks(task: StartFill, n: int) -> StartFill:
+    return StartFill(task.fid, task.location, task.slots[:n], task.keys[:n], task.lens[:n])
 
 
 def check_all(
