@@ -25,6 +25,7 @@ class Acts:
         built = session.built
         self.plan: FaultPlan = FaultPlan(built.faults if session.faults else (), built.config, built.nodes)
         self.done: List[Action] = []
+        self.struck: List[Tuple[int, Action]] = []
         self.open: List[Action] = []
         self.waiting: List[Tuple[Seat, int, int, List[Seat]]] = []
 
@@ -78,6 +79,7 @@ class Acts:
                 self._again(action, by)
             return []
         self.done.append(action)
+        self.struck.append((self.session.now(), action))
         self.plan.begin(action)
         self._tell(c.Begin(action), by)
         seats = self.session.seats

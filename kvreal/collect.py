@@ -8,7 +8,7 @@ from typing import Dict, List, Optional, Tuple, Union
 from kvcore.protocol.messages import Rid
 from kvcore.scenario import build, history
 from kvcore.scenario.history import VERSION, Header, Line
-from kvcore.scenario.result import Operation, PhaseTracker, Result, Violation
+from kvcore.scenario.result import CopyRecord, Operation, PhaseTracker, Result, Violation
 from kvreal import control as c
 from kvreal.seats import Broken
 from kvreal.session import Session
@@ -57,6 +57,8 @@ def result(
         hung=hung,
         history=str(path) if keep else None,
         fired=session.acts.fired_counts(),
+        struck=session.acts.struck,
+        copies=copies,
     )
 
 
@@ -79,7 +81,7 @@ def _violations(session: Session, checked: Dict[str, c.Checked], broken: Optiona
     return found
 
 
-def _metrics(session: Session, checked: Dict[str, c.Checked], copies: List[c.CopyRecord]) -> Metrics:
+def _metrics(session: Session, checked: Dict[str, c.Checked], copies: List[CopyRecord]) -> Metrics:
     done = [copy for copy in copies if copy.state == "done"]
     copied = sum(copy.nbytes for copy in done)
     busy_ns = sum(copy.ended_ns - copy.began_ns for copy in done)

@@ -13,7 +13,7 @@ from kvcore.protocol.machine import Input
 from kvcore.protocol.messages import Key
 from kvcore.scenario.faults import Action
 from kvcore.scenario.faults import Spent as SpentRule
-from kvcore.scenario.result import Operation
+from kvcore.scenario.result import CopyRecord, Operation
 
 MAX_MESSAGE: int = 1 << 30
 
@@ -143,22 +143,6 @@ class State(Said, frozen=True):
     pending: Tuple[str, ...]
     sent: Dict[str, int]
     received: Dict[str, int]
-
-
-class CopyRecord(msgspec.Struct, frozen=True):
-    """A copy as its driver saw it; ns of the run's clock. ``began_ns``: the first byte; before it, it queued."""
-
-    node: str
-    rid: Tuple[int, int]
-    state: str
-    read: bool
-    peer: str
-    transport: str
-    nbytes: int
-    asked_ns: int
-    began_ns: int
-    ended_ns: int
-    why: str = ""
 
 
 class Spoiled(msgspec.Struct, frozen=True):

@@ -22,7 +22,8 @@ from kvcore.scenario.build import AnySpec, Built, make_machine
 from kvcore.scenario.client import Client
 from kvcore.scenario.faults import FINE, GOOD_COPY, Action, Crash, FaultPlan, Pause, Verdict
 from kvcore.scenario.history import VERSION, FileHistory, Header, NoHistory
-from kvreal.control import Assign, Checked, CopyRecord, Noted, Said, Spent, Spoiled
+from kvcore.scenario.result import CopyRecord
+from kvreal.control import Assign, Checked, Noted, Said, Spent, Spoiled
 from kvreal.engines.thread import EngineThread, check_all
 from kvreal.journal import Journal
 from kvreal.memory import Memory

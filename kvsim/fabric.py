@@ -15,8 +15,9 @@ from __future__ import annotations
 
 from heapq import heapify, heappop
 from math import ceil
-from typing import Any, Dict, List, Optional, Tuple, final
+from typing import Any, Dict, List, Optional, Sequence, Tuple, final
 
+from kvcore.scenario.result import LinkRate
 from kvsim.loop import Loop
 from kvsim.maxmin import Done, Flow, Link, Solver
 
@@ -35,6 +36,8 @@ class Fabric:
         self.latent: bool = False  # some link has a latency
         self.dirty: List[Link] = []
         self.solver: Solver = Solver()
+        self.watched: bool = False  # note every change of a link's rate
+        self.rates: List[LinkRate] = []
 
     # ---- the interface ----------------------------------------------------------------------------------------------
     def link(self, name: str, bytes_per_s: float, latency_ns: int = 0) -> Link:
@@ -123,6 +126,8 @@ class Fabric:
             if rate > 0.0:
                 end_ns = now + ceil(flow.remaining / rate)
             self.loop.at(end_ns, self._lone_end, flow, stamp)
+            if self.watched:
+                self._note(path)
 
     def _leave(self, flow: Flow) -> None:
         fid = flow.fid
@@ -133,6 +138,8 @@ class Fabric:
                 del flows[fid]
                 if flows:
                     self._touch(link)
+        if self.watched:
+            self._note(flow.path)
 
     def _lone_end(self, flow: Flow, stamp: int) -> None:
         if flow.stamp == stamp:
@@ -162,6 +169,11 @@ class Fabric:
         gone = flow.nbytes - flow.remaining + flow.rate * (self.loop.now_ns - flow.since_ns)
         return min(1.0, max(0.0, gone / flow.nbytes))
 
+    def _note(self, links: Sequence[Link]) -> None:
+        for link in links:
+            rate = sum([flow.rate for flow in link.flows.values()])
+            self.rates.append(LinkRate(self.loop.now_ns, link.name, rate * 1e9))
+
     # ---- sharing ----------------------------------------------------------------------------------------------------
     def _touch(self, link: Link) -> None:
         if not self.dirty:
@@ -185,6 +197,8 @@ class Fabric:
                 flow.rate = rate
                 flow.stamp = stamp
                 endings.append((now + ceil(left / rate), flow.fid, stamp, flow))
+                if self.watched:
+                    self._note(flow.path)
         if endings:
             heapify(endings)
             self.loop.at(endings[0][0], self._next_end, endings)

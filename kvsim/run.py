@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 from pathlib import Path
-from typing import Any, Dict, List, Mapping, Optional, Sequence, Union, final
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple, Union, final
 
 from kvcore.protocol.machine import Command, Effect, Input, Machine, Note, Received, Record
 from kvcore.protocol.messages import Beat, Key
@@ -42,15 +42,18 @@ def run(
     profile: Optional[Profile] = None,
     check: bool = True,
     max_events: Optional[int] = None,
+    rates: bool = False,
 ) -> Result:
     """Play ``built``. ``history``: where to write it (or give a ``sink`` of your own). ``profile``: what things cost;
     default: what the scenario names, else Profile(). ``check``: check the protocol's properties after every input.
+    ``rates``: tell what crossed each link when (``Result.rates``).
     Raises EventLimit after ``max_events`` events, HistoryError for a full disk, ProfileError for a wrong profile."""
     lines = sink if sink is not None else NoHistory()
     if history is not None:
         lines = FileHistory(history, header(built))
     try:
         simulation = Simulation(built, profile or _profile_of(built), lines, check)
+        simulation.cluster.fabric.watched = rates
         with CollectorTamed():
             simulation.play(max_events)
         result = simulation.result()
@@ -104,6 +107,7 @@ class Simulation:
         self.early: List[Union[Crash, Pause]] = []  # what is to happen to nodes that are not booted yet
         self.full: List[Full] = []
         self.hung: List[str] = []
+        self.struck: List[Tuple[int, Action]] = []
         self.client: Optional[Node] = None
         for node in self.cluster.nodes.values():
             if node.is_client:
@@ -244,6 +248,7 @@ class Simulation:
             return
         self.plan.begin(action)
         loop = self.cluster.loop
+        self.struck.append((loop.now_ns, action))
         if isinstance(action, Crash):
             node = self.cluster.nodes[action.node]
             if node.alive:
@@ -331,6 +336,8 @@ class Simulation:
             phases=self.phases.done,
             hung=self.hung,
             fired=self.plan.fired,
+            struck=self.struck,
+            rates=cluster.fabric.rates,
         )
 
     def _visible(self) -> Dict[str, Mapping[str, Mapping[Key, Any]]]:

@@ -8,6 +8,7 @@ import msgspec
 
 from kvcore.protocol.machine import Begin, CopyDone, Effect, Input, Journal, Outcome, Received, Send, StartCopy
 from kvcore.protocol.messages import Fetch, Found, MoveRequest, Push, Pushed, Rid, SourceOutcome, event_name
+from kvcore.scenario.faults import Action
 
 
 class Operation(msgspec.Struct, gc=False, omit_defaults=True, forbid_unknown_fields=True):
@@ -70,10 +71,37 @@ class EventPhases(msgspec.Struct, frozen=True, gc=False, forbid_unknown_fields=T
         return self.control_ns + self.queue_ns + self.copy_ns + self.commit_ns
 
 
+class CopyRecord(msgspec.Struct, frozen=True):
+    """A copy as the driver of a real node saw it; ns of the run's clock. ``began_ns``: the first byte; before it, it
+    queued."""
+
+    node: str
+    rid: Rid
+    state: str
+    read: bool
+    peer: str
+    transport: str
+    nbytes: int
+    asked_ns: int
+    began_ns: int
+    ended_ns: int
+    why: str = ""
+
+
+class LinkRate(msgspec.Struct, frozen=True, gc=False):
+    """From ``t`` ns on, all that crosses this link together has this rate. The last word on one instant counts."""
+
+    t: int
+    link: str
+    bytes_per_s: float
+
+
 class Result(msgspec.Struct, forbid_unknown_fields=True):
     """``world``: sim or real. ``hung``: who was not quiet at the deadline, and why; empty for a run that ended.
 
-    ``placement``: ``instance/location`` -> prompt -> tokens. ``fired``: which faults did, ``kind at anchor`` -> times.
+    ``placement``: ``instance/location`` -> prompt -> tokens. ``fired``: which faults did, ``kind at anchor`` -> times;
+    ``struck``: what they did to nodes, and when. ``copies``: of real nodes, where they lived to tell. ``rates``: of
+    simulated links, where they were asked for.
     """
 
     world: str
@@ -88,6 +116,9 @@ class Result(msgspec.Struct, forbid_unknown_fields=True):
     hung: List[str] = []
     history: Optional[str] = None
     fired: Dict[str, int] = {}
+    struck: List[Tuple[int, Action]] = []
+    copies: List[CopyRecord] = []
+    rates: List[LinkRate] = []
 
     @property
     def clean(self) -> bool:
