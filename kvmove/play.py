@@ -83,7 +83,8 @@ def prepare(path: str, sets: Sequence[str] = (), seed: int | None = None) -> Pre
 class Player:
     """Plays scenarios, one after another. Real processes are started once for all of them, and ended with it.
 
-    RealUnavailable at once if "real" is among ``worlds`` and this machine cannot do it.
+    RealUnavailable at once if "real" is among ``worlds`` and this machine cannot do it. ``rates``: simulations tell
+    what crossed each link when, which a trace shows.
     """
 
     def __init__(
@@ -93,10 +94,12 @@ class Player:
         transport: str = "auto",
         progress: Progress = silent,
         budget: int = compare.BUDGET,
+        rates: bool = False,
     ) -> None:
         self.worlds: tuple[str, ...] = tuple(worlds)
         self.progress: Progress = progress
         self.budget: int = budget
+        self.rates: bool = rates
         self.pool: Pool | None = _pool(transport) if "real" in worlds else None
         self.provides: tuple[str, ...] = _provides() if "real" in worlds else ()
 
@@ -153,7 +156,7 @@ class Player:
         if world == "sim":
             from kvsim.run import run as simulate
 
-            return simulate(built, history=history)
+            return simulate(built, history=history, rates=self.rates)
         from kvreal.run import run as run_for_real
 
         return run_for_real(built, history=history, pool=self.pool)

@@ -31,6 +31,12 @@ def run(
     transport: Annotated[
         str, typer.Option("--transport", help="What carries real bytes: auto, nixl or tcp.", metavar="NAME")
     ] = "auto",
+    trace: Annotated[
+        str | None, typer.Option("--trace", help="Write a timeline there, for ui.perfetto.dev.", metavar="OUT")
+    ] = None,
+    trace_messages: Annotated[
+        bool, typer.Option("--trace-messages", help="An arrow for each message in it, too.")
+    ] = False,
     verbose: Annotated[
         bool, typer.Option("--verbose", "-v", help="All about each of several files, good ones too.")
     ] = False,
@@ -47,6 +53,7 @@ def run(
     * `kvmove run scenarios/smoke/move.yaml --on both --json out.json`
     * `kvmove run scenarios/faults/*.yaml --seed 7 --history out/`
     * `kvmove run scenarios/smoke/prompt-4k.yaml --set network.links.a-b.bandwidth='25 Gbit/s'`
+    * `kvmove run scenarios/smoke/prompt-4k.yaml --on both --trace out.json`
 
     Exit status: 0 all good, 1 a check or expectation failed or a run hung, 2 bad input or a world that cannot run here,
     130 Ctrl-C.
@@ -55,9 +62,11 @@ def run(
     output.choice("--transport", transport, ("auto", "nixl", "tcp"))
     if json_out not in (None, "-") and not Path(json_out).absolute().parent.is_dir():
         raise UserError(f"--json {json_out}: there is no directory {Path(json_out).parent}")
+    _check_trace(trace, trace_messages, files)
 
     from kvmove import report
     from kvmove.play import Played, Player, prepare
+    from kvmove.trace import of_run
 
     screen = output.console(to_stderr=json_out == "-")
     # All files are read first: a mistake in the last one is told before the first one runs.
@@ -65,19 +74,23 @@ def run(
     runs: list[Played] = []
     with ExitStack() as stack:
         logs = _directory(history) if history else _scratch(stack)
-        player = stack.enter_context(Player(worlds, transport=transport, progress=output.progress))
+        player = stack.enter_context(
+            Player(worlds, transport=transport, progress=output.progress, rates=trace is not None)
+        )
         for one, name in zip(prepared, _log_names(files)):
-            played = player.play(one, logs / name, keep=bool(history))
+            played = player.play(one, logs / name, keep=bool(history or trace))
             if len(files) == 1 or verbose or not played.good or played.skipped:
                 report.print_run(screen, played, kept=bool(history))
             else:
                 report.print_line(screen, played)
             runs.append(played)
+            if trace:
+                _write("--trace", trace, of_run(played.histories, played.results, trace_messages))
             if not history:
                 for log in played.histories.values():
                     log.unlink(missing_ok=True)
     if json_out:
-        _write(json_out, report.encode(runs))
+        _write("--json", json_out, report.encode(runs))
     if len(runs) > 1:
         report.print_summary(screen, runs)
     if not all(played.good for played in runs):
@@ -109,7 +122,18 @@ def _directory(name: str) -> Path:
     return path
 
 
-def _write(target: str, data: bytes) -> None:
+def _check_trace(trace: str | None, messages: bool, files: list[str]) -> None:
+    if trace is None:
+        if messages:
+            raise UserError("--trace-messages: nothing to draw them in, expected --trace OUT too")
+        return
+    if len(files) > 1:
+        raise UserError(f"--trace {trace}: expected one scenario file, not {len(files)}")
+    if not Path(trace).absolute().parent.is_dir():
+        raise UserError(f"--trace {trace}: there is no directory {Path(trace).parent}")
+
+
+def _write(option: str, target: str, data: bytes) -> None:
     if target == "-":
         sys.stdout.buffer.write(data + b"\n")
         sys.stdout.buffer.flush()
@@ -117,4 +141,4 @@ def _write(target: str, data: bytes) -> None:
         try:
             Path(target).write_bytes(data + b"\n")
         except OSError as error:
-            raise UserError(f"--json {target}: {error.strerror}") from None
+            raise UserError(f"{option} {target}: {error.strerror}") from None
