@@ -220,6 +220,9 @@ class Node:
 
     def _start_copy(self, effect: m.StartCopy) -> None:
         endpoint = effect.endpoint or self.parts.network.data_endpoint(effect.peer)
+        block = self._block_tokens()
+        if block > 1:  # a transfer counts bytes by tokens: a partial chunk has those of whole blocks
+            effect = msgspec.structs.replace(effect, lens=tuple([-(-n // block) * block for n in effect.lens]))
         config = self.built.config
         self.parts.transfer.start(
             Copy(effect, endpoint, self.epoch, self._bytes_per_token(), config.copy_max_ns, self._fate(effect))
@@ -241,6 +244,10 @@ class Node:
     def _bytes_per_token(self) -> int:
         assert isinstance(self.spec, WorkerSpec)
         return self.spec.namespace.bytes_per_token
+
+    def _block_tokens(self) -> int:
+        assert isinstance(self.spec, WorkerSpec)
+        return self.spec.namespace.block_tokens
 
     def _journal(self, effect: m.Journal) -> None:
         if self.journal is not None:

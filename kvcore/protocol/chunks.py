@@ -15,6 +15,8 @@ def root_key(namespace: Namespace, adapter: str = "", salt: str = "") -> Key:
     """The seed of a namespace's keys. Fields are tagged and length-prefixed, so no two namespaces look alike (F30)."""
     digest = hashlib.blake2b(b"kvmove keys 1", digest_size=KEY_BYTES)
     fields = [(name, str(getattr(namespace, name))) for name in namespace.__struct_fields__]
+    if namespace.block_tokens == 1:  # keys are as they were before there were blocks
+        fields = [(name, value) for name, value in fields if name != "block_tokens"]
     for name, value in [*fields, ("adapter", adapter), ("salt", salt)]:
         for part in (name.encode(), value.encode()):
             digest.update(struct.pack("<I", len(part)) + part)
@@ -34,11 +36,16 @@ def chunk_keys(
     lens: List[int] = []
     for start in range(0, len(tokens), size):
         part = tokens[start : start + size]
-        body = struct.pack(f"<I{len(part)}I", len(part), *part)
-        previous = hashlib.blake2b(previous + body, digest_size=KEY_BYTES).digest()
+        previous = next_key(previous, part)
         keys.append(previous)
         lens.append(len(part))
     return tuple(keys), tuple(lens)
+
+
+def next_key(previous: Key, part: Sequence[int]) -> Key:
+    """The key of the chunk ``part`` after the chunk, or the root, whose key is ``previous``."""
+    body = struct.pack(f"<I{len(part)}I", len(part), *part)
+    return hashlib.blake2b(previous + body, digest_size=KEY_BYTES).digest()
 
 
 def namespace_mismatch(one: Namespace, other: Namespace) -> Optional[Tuple[str, str]]:

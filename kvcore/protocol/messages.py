@@ -41,6 +41,8 @@ class Namespace(msgspec.Struct, frozen=True, gc=False, omit_defaults=True, forbi
     ranks: int = 1
     bytes_per_token: int = 131072
     """Of one rank's shard."""
+    block_tokens: int = 1
+    """KV comes in whole blocks of so many tokens: a partial chunk has the bytes of the blocks that it begins."""
 
 
 class Location(msgspec.Struct, frozen=True, gc=False, omit_defaults=True, forbid_unknown_fields=True):
