@@ -17,6 +17,7 @@ import typer
 from kvmove.cli import (
     controller,
     demo,
+    doctor,
     events,
     history,
     instance,
@@ -52,6 +53,7 @@ app.command("protocol")(protocol.protocol)
 app.command("search")(search.search)
 app.command("swarm")(swarm.swarm)
 app.command("demo")(demo.demo)
+app.command("doctor")(doctor.doctor)
 app.command("controller")(controller.controller)
 app.command("instance")(instance.instance)
 app.command("up")(up.up)
