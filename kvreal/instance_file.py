@@ -151,8 +151,9 @@ def path_from(option: Optional[str], environ: Mapping[str, str]) -> str:
     raise ScenarioError("no instance file", 0, 0, "", f"give --config FILE, or set {VARIABLES[0]} or {VARIABLES[1]}")
 
 
-def read(path: Union[str, Path], model: str = "") -> InstanceFile:
-    """ScenarioError (one line: file, line, column, key) for whatever is wrong. ``model``: instead of the file's."""
+def read(path: Union[str, Path], model: str = "", space: Optional[Namespace] = None) -> InstanceFile:
+    """ScenarioError (one line: file, line, column, key) for whatever is wrong. ``model``: instead of the file's.
+    ``space``: what an engine says of its own KV; the file then says no more than the chunk's size, and ``weights``."""
     ignored: List[str] = []
 
     def sift(data: Dict[str, Any]) -> Optional[Mistake]:
@@ -168,7 +169,7 @@ def read(path: Union[str, Path], model: str = "") -> InstanceFile:
                 del data[key]  # the reference's way to say: as usual
         return None
 
-    return _meaning(str(path), load_as(path, Keys, sift), tuple(ignored), model)
+    return _meaning(str(path), load_as(path, Keys, sift), tuple(ignored), model, space)
 
 
 def _unknown(key: str) -> str:
@@ -178,7 +179,9 @@ def _unknown(key: str) -> str:
     return f"unknown key {shown(key)}" + (f" (did you mean {shown(near)}?)" if near else hint)
 
 
-def _meaning(path: str, keys: Keys, ignored: Tuple[str, ...], model: str) -> InstanceFile:
+def _meaning(
+    path: str, keys: Keys, ignored: Tuple[str, ...], model: str, space: Optional[Namespace]
+) -> InstanceFile:
     own = keys.kvmove
     model = model or own.model
 
@@ -200,18 +203,23 @@ def _meaning(path: str, keys: Keys, ignored: Tuple[str, ...], model: str) -> Ins
         )
     worker_ports = _ports(path, "lmcache_worker_ports", keys.lmcache_worker_ports)
     data_ports = _ports(path, "p2p_init_ports", keys.p2p_init_ports)
-    ranks = own.ranks if own.ranks is not None else max(1, len(worker_ports))
+    ranks = own.ranks if own.ranks is not None else space.ranks if space is not None else max(1, len(worker_ports))
+    if space is not None and ranks != space.ranks:
+        raise wrong("kvmove.ranks", f"found {ranks}, the engine has {space.ranks}")
     if not 1 <= ranks <= 64:
         raise wrong("kvmove.ranks", f"found {ranks}, expected 1 to 64")
     for key, ports in (("lmcache_worker_ports", worker_ports), ("p2p_init_ports", data_ports)):
         if ports and len(ports) != ranks:
             raise wrong(key, f"{len(ports)} given, expected one for each of {ranks} ranks")
     token_bytes = own.bytes_per_token.bytes if own.bytes_per_token is not None else _known(model)
-    if not token_bytes:
+    if space is not None:
+        namespace = _engine_space(path, keys, space)
+    elif not token_bytes:
         raise wrong("kvmove.bytes_per_token", f"missing, expected a size such as '128 KiB': model {model} is not known")
-    if token_bytes % ranks:
+    elif token_bytes % ranks:
         raise wrong("kvmove.ranks", f"{ranks} ranks cannot share {token_bytes} bytes a token")
-    namespace = Namespace(model, own.weights, own.dtype, own.layout, keys.chunk_size, ranks, token_bytes // ranks)
+    else:
+        namespace = Namespace(model, own.weights, own.dtype, own.layout, keys.chunk_size, ranks, token_bytes // ranks)
     places = _places(path, keys, namespace.chunk_tokens * namespace.bytes_per_token)
     store_at = own.store_at or keys.store_location or places[0][0]
     if store_at not in [name for name, _ in places]:
@@ -238,6 +246,22 @@ def _meaning(path: str, keys: Keys, ignored: Tuple[str, ...], model: str) -> Ins
         keys=_beside(path, own.keys),
         ignored=ignored,
     )
+
+
+def _engine_space(path: str, keys: Keys, space: Namespace) -> Namespace:
+    """``space`` with the file's chunk size, and its word for the weights where it has one."""
+    own = keys.kvmove
+    if keys.chunk_size % space.block_tokens:
+        text = f"found {keys.chunk_size}, expected a multiple of the engine's block of {space.block_tokens} tokens"
+        raise _at(path, "chunk_size", text)
+    weights = own.weights or space.weights
+    if not weights:
+        text = "missing, and the engine's weights cannot be read here: expected any text, the same for equal weights"
+        raise _at(path, "kvmove.weights", text)
+    if own.bytes_per_token is not None and own.bytes_per_token.bytes != space.bytes_per_token * space.ranks:
+        text = f"found {own.bytes_per_token.bytes}, the engine has {space.bytes_per_token * space.ranks}"
+        raise _at(path, "kvmove.bytes_per_token", text)
+    return msgspec.structs.replace(space, chunk_tokens=keys.chunk_size, weights=weights)
 
 
 def _at(path: str, key: str, text: str) -> ScenarioError:

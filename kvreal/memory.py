@@ -49,8 +49,10 @@ class Place(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Slab:
     """Page-aligned memory: anonymous (pinned where CUDA is there), a nameless file, or a GPU's."""
 
-    def __init__(self, kind: str, nbytes: int) -> None:
+    def __init__(self, kind: str, nbytes: int, shared: bool = False) -> None:
+        """``shared``: another process may map it too, by ``fd``."""
         self.kind: str = kind
+        self.fd: int = -1
         self.nbytes: int = max(PAGE, -(-nbytes // PAGE) * PAGE)
         self.map: Optional[mmap.mmap] = None
         self.tensor: Any = None
@@ -61,7 +63,10 @@ class Slab:
             self._on_gpu()
             return
         try:
-            self.map = self._file() if kind == "disk" else mmap.mmap(-1, self.nbytes, flags=PRIVATE)
+            if kind == "disk" or shared:
+                self.map = self._file(shared)
+            else:
+                self.map = mmap.mmap(-1, self.nbytes, flags=PRIVATE)
         except (OSError, ValueError, OverflowError) as error:
             raise SlabError(f"cannot get {self.nbytes} bytes of {kind} memory: {error}") from error
         self.bytes = np.frombuffer(self.map, dtype=np.uint8)
@@ -71,10 +76,21 @@ class Slab:
                 self.map.madvise(mmap.MADV_HUGEPAGE)
             self.pinned = _pin(self.address, self.nbytes)
 
-    def _file(self) -> mmap.mmap:
-        with tempfile.TemporaryFile(prefix="kvreal-") as file:
-            os.ftruncate(file.fileno(), self.nbytes)
-            return mmap.mmap(file.fileno(), self.nbytes)
+    def _file(self, shared: bool) -> mmap.mmap:
+        """A file without a name: in the folder of temporary files, or one that is memory."""
+        if self.kind == "disk":
+            with tempfile.TemporaryFile(prefix="kvreal-") as file:
+                fd = os.dup(file.fileno())
+        else:
+            fd = os.memfd_create("kvreal-slab", os.MFD_CLOEXEC)
+        try:
+            os.ftruncate(fd, self.nbytes)
+            return mmap.mmap(fd, self.nbytes)
+        finally:
+            if shared:
+                self.fd = fd
+            else:
+                os.close(fd)
 
     def touch(self, start: int, size: int) -> None:
         """Fault these pages in (they stay as they are), so that no copy pays for it."""
@@ -134,7 +150,9 @@ class Memory:
     """The locations of one node. ``generation`` rises whenever a slab is made or dropped, ``layout`` whenever a
     location may lie elsewhere: peers that know an older one ask again."""
 
-    def __init__(self) -> None:
+    def __init__(self, shared: bool = False) -> None:
+        """``shared``: its slabs can be mapped by another process, the engine's."""
+        self.shared: bool = shared
         self.cpu: Optional[Slab] = None
         self.others: List[Slab] = []
         self.places: Dict[str, Place] = {}
@@ -156,7 +174,7 @@ class Memory:
         self.others = []
         if self.cpu is None or self.cpu.nbytes < wanted + PAGE:
             self.cpu = None
-            self.cpu = Slab("cpu", _round(wanted + PAGE))
+            self.cpu = Slab("cpu", _round(wanted + PAGE), self.shared)
             changed = True
         self.places = {}
         self.homes = {}
@@ -167,7 +185,7 @@ class Memory:
                 slab, start = self.cpu, offset
                 offset += slots * slot_bytes
             else:
-                slab, start = Slab(kind, slots * slot_bytes), 0
+                slab, start = Slab(kind, slots * slot_bytes, self.shared), 0
                 self.others.append(slab)
                 changed = True
             slab.touch(start, min(slots, touch_slots) * slot_bytes)

@@ -82,10 +82,12 @@ class Local:
         sink: int,
         said: Callable[[Registration], None],
         keys: Optional[Keys] = None,
-        engine: Optional[Engine] = None,
+        engine: Union[Engine, Callable[[Memory], Any], None] = None,
+        shared: bool = False,
     ) -> None:
         """Binds its sockets and makes its memory. EndpointError, SlabError or TransferError, one line each.
-        ``engine``: None for the synthetic one."""
+        ``engine``: None for the synthetic one; or what makes something that stands in for EngineThread.
+        ``shared``: the engine's own process maps the memory too."""
         self.file: InstanceFile = file
         self.rank: int = rank
         self.said: Callable[[Registration], None] = said
@@ -93,7 +95,7 @@ class Local:
         port = file.worker_ports[rank] if file.worker_ports else 0
         network = Endpoints(f"{file.host}:{port}", curve=keys)
         self.address: str = network.address
-        memory = Memory()
+        memory = Memory(shared)
         tempfile.tempdir = file.disk_path or tempfile.tempdir
         slot_bytes = file.namespace.chunk_tokens * file.namespace.bytes_per_token
         memory.lay_out(file.locations, slot_bytes)
@@ -104,7 +106,8 @@ class Local:
         transfer.begin(CLUSTER, self.address)
         controller = endpoint_of(f"{file.controller[0]}:{file.controller[1]}")
         spec = file.spec(rank, self.address, controller)
-        parts = WorkerParts(memory, transfer, EngineThread(memory, engine))
+        thread = engine(memory) if callable(engine) else EngineThread(memory, engine)
+        parts = WorkerParts(memory, transfer, thread)
         self.service: Service = Service(spec, network, worker=parts)
         self.service.listeners.append(self._step)
         self.service.listeners.append(StepLog(f"{file.instance}/{rank}").step)
