@@ -14,6 +14,7 @@ from fastapi.responses import Response, StreamingResponse
 from starlette.exceptions import HTTPException
 from starlette.routing import Match
 
+from kvreal.http import docs
 from kvreal.http import models as b
 from kvreal.http.face import Face
 from kvreal.http.status import Reply, refusal, split_error
@@ -189,7 +190,7 @@ def create_app(
     max_body_bytes: int = MAX_BODY_BYTES,
 ) -> FastAPI:
     """``routers``: more routes (the page, the metrics), each with dependencies of its own."""
-    app = FastAPI(title="kvmove controller", description=ABOUT, version="1")
+    app = FastAPI(title="kvmove controller", description=ABOUT, version="1", docs_url=None, redoc_url=None)
     app.state.face = face
 
     def allowed(role: str) -> List[Any]:
@@ -199,6 +200,7 @@ def create_app(
         _post(app, face, path, kind, handler, max_body_bytes, dependencies=allowed(role), description=about,
               responses=_responses(good, 413, 422, *codes), name=path[1:])  # fmt: skip
     _gets(app, face, allowed)
+    app.include_router(docs.router(app.title))
     for router in routers:
         app.include_router(router)
     _errors(app)

@@ -16,6 +16,7 @@ from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 
+from kvreal.http import docs
 from kvreal.http.openai import CompletionBody, DetokenizeBody, TokenizeBody, choice, error, usage
 from kvreal.http.serving import Held, RankGone, Served, Serving, cut
 
@@ -220,7 +221,11 @@ def make_app(
     face = Face(serving, healthy, warn)
     if held is not None:
         face.metrics.registry.register(Pools(held))
-    app = FastAPI(title="kvmove instance", version=version or "0", summary=f"Synthetic engine of {face.model}")
+    app = FastAPI(
+        title="kvmove instance", version=version or "0", summary=f"Synthetic engine of {face.model}",
+        docs_url=None, redoc_url=None,
+    )  # fmt: skip
+    app.include_router(docs.router(app.title))
 
     @app.middleware("http")
     async def guard(request: Request, go_on: Any) -> Response:
