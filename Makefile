@@ -29,7 +29,7 @@ $(VENV)/.stamp: pyproject.toml setup.py constraints-cpu.txt
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("kvmove needs Python 3.11 or newer; this is " + sys.version.split()[0] + ". Try: make PYTHON=python3.12")'
 	@$(PYTHON) -m venv $(VENV) || { echo "could not make $(VENV): is python3-venv installed?"; exit 1; }
 	@echo "installing kvmove into $(VENV) (once; the real world's torch and nixl are about 1 GB)"
-	@$(PIP) install -qq $(CONSTRAIN) -e ".[dev,service]"
+	@$(PIP) install -qq $(CONSTRAIN) -e ".[dev,service,report]"
 	@{ $(PIP) install -qq $(CONSTRAIN) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) torch numpy pyzmq \
 	   && $(PIP) install -qq $(CONSTRAIN) -e ".[real]"; } \
 	 || echo "the real world is not installed: torch or nixl has no build for this machine. Simulation works; real runs say so and are skipped."

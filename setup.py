@@ -30,6 +30,11 @@ SCENARIOS = ["kvmove.scenarios"] if Path("scenarios").is_dir() else []
 setup(
     packages=[*find_packages(include=["kvcore*", "kvsim*", "kvreal*", "kvmove*"]), *SCENARIOS],
     package_dir=dict.fromkeys(SCENARIOS, "scenarios"),  # an installed `kvmove demo` finds them beside itself
-    package_data={**dict.fromkeys(SCENARIOS, ["**/*.yaml"]), "kvreal.http.page": ["*.html", "*.css", "*.js"]},
+    package_data={
+        **dict.fromkeys(SCENARIOS, ["**/*.yaml"]),
+        "kvreal.http.page": ["*.html", "*.css", "*.js"],
+        "kvmove.bench": ["*.yaml"],
+        "kvmove.reports": ["*.jinja", "*.css"],
+    },
     ext_modules=extensions(),
 )
