@@ -20,7 +20,9 @@ def merged(session: Session, path: Path) -> Tuple[Header, int]:
     """Write one history of all processes' logs, in order of time, to ``path``. Its header and how many files."""
     built = session.built
     header = Header(VERSION, "real", built.name, built.seed, built)
-    files = [file for file in session.histories if file.exists()]
+    for lender, file in session.histories:
+        lender.bring(file)
+    files = [file for _, file in session.histories if file.exists()]
     history.merge(files, path, header, lambda text: None)
     return header, len(files)
 

@@ -31,6 +31,7 @@ from kvcore.scenario.history import HistoryError
 from kvreal import control as c
 from kvreal.engines.thread import EngineThread
 from kvreal.journal import JournalError
+from kvreal.keys import shared
 from kvreal.memory import Memory, SlabError
 from kvreal.network import Network
 from kvreal.node import Node, Parts
@@ -42,16 +43,19 @@ CARRIED_TIMEOUT_S = 0.25
 
 
 class Host:
-    def __init__(self, transport: str, pipe: c.Pipe, sink: int) -> None:
+    def __init__(self, transport: str, pipe: c.Pipe, sink: int, bind: str, secret: bytes) -> None:
+        keys = shared(secret) if secret else None
         self.pipe: c.Pipe = pipe
         self.memory: Memory = Memory()
         self.memory.lay_out([], 0)
-        self.transfer: Transfer = make(transport, self.memory)
+        self.transfer: Transfer = make(transport, self.memory, (bind, 0))
+        if keys is not None:
+            self.transfer.windows.secret = keys.window_secret()
         tables = getattr(self.transfer, "tables", None)
         if tables is not None:
             tables.fd = sink
         self.engine: EngineThread = EngineThread(self.memory)
-        self.network: Network = Network()
+        self.network: Network = Network(bind, keys)
         self.node: Optional[Node] = None
         self.failed: bool = False
         self.going: bool = True
@@ -243,14 +247,20 @@ def main(argv: List[str]) -> int:
     parser = argparse.ArgumentParser(prog="kvreal.host", description="one node's process, started by kvreal.run")
     parser.add_argument("--transport", default="auto")
     parser.add_argument("--parent", type=int, required=True)
+    parser.add_argument("--bind", default="127.0.0.1")
+    parser.add_argument("--secret-fd", type=int, default=-1)
     args = parser.parse_args(argv)
     die_with_parent(args.parent)
     gc.freeze()  # what is here now stays: no collection need look at it again
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the runner decides
+    secret = b""
+    if args.secret_fd >= 0:
+        with os.fdopen(args.secret_fd, "rb") as file:
+            secret = file.read()
     out, sink = proof.redirect_stdout()
     pipe = c.Pipe(0, out, c.ToHost)
     try:
-        host = Host(resolve(args.transport), pipe, sink)
+        host = Host(resolve(args.transport), pipe, sink, args.bind, secret)
     except Exception as error:
         pipe.say(c.Failed("transport", f"{type(error).__name__}: {error}"))
         return 1

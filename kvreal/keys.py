@@ -195,6 +195,24 @@ class Keys:
         return hashlib.blake2b(b"windows", key=self.cluster[1], digest_size=32, person=b"kvmove").digest()
 
 
+class Shared(Peers):
+    """The peers of those who all have one secret: each other."""
+
+    def __init__(self, public: bytes) -> None:
+        super().__init__(Path("the secret that was shared"))
+        self.known = {public: "peer"}
+
+    def names(self) -> Dict[bytes, str]:
+        return self.known
+
+
+def shared(secret: bytes) -> Keys:
+    """Keys of processes that have been given the same 32 bytes or more: one pair, cluster's and node's alike."""
+    private = z85.encode(hashlib.blake2b(b"curve", key=secret[:64], digest_size=32, person=b"kvmove").digest())
+    pair = (zmq.curve_public(private), private)
+    return Keys(pair, pair, Shared(pair[0]))
+
+
 class Doorkeeper(threading.Thread):
     """Answers ZeroMQ's question about each handshake (ZAP, RFC 27) from the peers' directory. Ends with its context."""
 

@@ -14,6 +14,7 @@ import zmq
 
 from kvcore.protocol.messages import Beat, Wire
 from kvreal.control import Address, pair
+from kvreal.keys import Keys
 
 HIGH_WATER: Final = 100_000
 MAX_FRAME_BYTES: Final = 64 << 20
@@ -30,15 +31,19 @@ class Header(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields
 
 
 class Network:
-    """One node's sockets. A host keeps its PULL socket from run to run."""
+    """One node's sockets. A host keeps its PULL socket from run to run. ``bind``: the address at which it listens;
+    ``keys``: what its sockets speak CURVE with, where others could reach that."""
 
-    def __init__(self) -> None:
+    def __init__(self, bind: str = "127.0.0.1", keys: Optional[Keys] = None) -> None:
+        self.keys: Optional[Keys] = keys
         self.context: zmq.Context[Any] = zmq.Context(io_threads=1)
         self.pull: zmq.Socket[Any] = self.context.socket(zmq.PULL)
         self.pull.setsockopt(zmq.LINGER, 0)
         self.pull.setsockopt(zmq.RCVHWM, HIGH_WATER)
         self.pull.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME_BYTES)
-        self.pull.bind("tcp://127.0.0.1:0")
+        if keys is not None:
+            keys.listening(self.pull)
+        self.pull.bind(f"tcp://{bind}:0")
         self.endpoint: str = self.pull.getsockopt_string(zmq.LAST_ENDPOINT)
         self.peers: Dict[str, Tuple[Address, Any, bytes]] = {}
         self.run: str = ""
@@ -78,6 +83,8 @@ class Network:
             socket = self.context.socket(zmq.PUSH)
             socket.setsockopt(zmq.LINGER, 0)
             socket.setsockopt(zmq.SNDHWM, HIGH_WATER)
+            if self.keys is not None:
+                self.keys.calling(socket, address.control)
             socket.connect(address.control)
             header = self._encode(Header(self.run, self.address, self.life, name, address.life))
             self.peers[name] = (address, socket, header)

@@ -3,7 +3,8 @@
     with Pool(transport="auto") as pool:
         run(built, pool=pool)
 
-Whatever happens, ``close`` (or the end of the with block, or of the process) leaves no child behind.
+Whatever happens, ``close`` (or the end of the with block, or of the process) leaves no child behind. ``Lender`` is what
+runs need of a pool; kvreal/borrow.py has one whose children live on another machine.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import threading
 import time
 from pathlib import Path
 from types import TracebackType
-from typing import Callable, Dict, Final, List, Optional, Type
+from typing import Any, Callable, Dict, Final, List, Optional, Sequence, Tuple, Type
 
 from kvreal import control as c
 from kvreal.transfer import resolve
@@ -26,22 +27,56 @@ from kvreal.transfer.base import TransferError
 
 START_TIMEOUT_S: Final = 60.0
 ROOT: Final = Path(__file__).resolve().parents[1]
+LOOPBACK: Final = "127.0.0.1"
 
 
 class HostError(Exception):
     """A child process could not be started, or ended on its own; the message says what it said."""
 
 
-class HostProcess:
-    """One child: its process and the pipe to it."""
+class Host:
+    """One child: the channel to it, and what may be done to it."""
 
-    def __init__(self, process: subprocess.Popen[bytes]) -> None:
-        assert process.stdin is not None and process.stdout is not None
-        self.process: subprocess.Popen[bytes] = process
-        self.pid: int = process.pid
-        self.pipe: c.Pipe = c.Pipe(process.stdout.fileno(), process.stdin.fileno(), c.FromHost)
+    def __init__(self, pool: Lender, pid: int, pipe: c.Pipe) -> None:
+        self.pool: Lender = pool
+        self.pid: int = pid
+        self.pipe: c.Pipe = pipe
         self.transport: str = ""
         self.used: int = 0
+
+    def alive(self) -> bool:
+        raise NotImplementedError
+
+    def status(self) -> str:
+        """How it ended, once it has."""
+        raise NotImplementedError
+
+    def send_signal(self, number: int) -> None:
+        """Nothing if it has gone."""
+        raise NotImplementedError
+
+    def kill(self) -> None:
+        """SIGKILL, reap, close the channel. May be called again."""
+        raise NotImplementedError
+
+    def stopped(self) -> bool:
+        """Whether the kernel has it stopped (SIGSTOP)."""
+        raise NotImplementedError
+
+
+class HostProcess(Host):
+    """A child of this process, at the other end of a pipe."""
+
+    def __init__(self, pool: Lender, process: subprocess.Popen[bytes]) -> None:
+        assert process.stdin is not None and process.stdout is not None
+        super().__init__(pool, process.pid, c.Pipe(process.stdout.fileno(), process.stdin.fileno(), c.FromHost))
+        self.process: subprocess.Popen[bytes] = process
+
+    def alive(self) -> bool:
+        return self.process.poll() is None
+
+    def status(self) -> str:
+        return f"exit status {self.process.returncode}"
 
     def send_signal(self, number: int) -> None:
         """Only to a child that has not been reaped: its pid is then still its own."""
@@ -50,7 +85,6 @@ class HostProcess:
                 os.kill(self.pid, number)
 
     def kill(self) -> None:
-        """SIGKILL, reap, close the pipes. May be called again."""
         self.send_signal(signal.SIGKILL)
         self.process.wait()
         for stream in (self.process.stdin, self.process.stdout):
@@ -59,28 +93,29 @@ class HostProcess:
                     stream.close()
 
     def stopped(self) -> bool:
-        """Whether the kernel has it stopped (SIGSTOP)."""
-        try:
-            stat = Path(f"/proc/{self.pid}/stat").read_text()
-        except OSError:
-            return False
-        return stat.rpartition(")")[2].split()[0] in ("T", "t")
+        return is_stopped(self.pid)
 
 
-class Pool:
+def is_stopped(pid: int) -> bool:
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return False
+    return stat.rpartition(")")[2].split()[0] in ("T", "t")
+
+
+class Lender:
     """``take`` gives ready hosts, idle ones first; ``give_back`` keeps those that are clean."""
 
-    def __init__(self, transport: str = "auto", env: Optional[Dict[str, str]] = None) -> None:
-        self.transport: str = resolve(transport)
-        self.env: Dict[str, str] = env or {}
-        self.idle: List[HostProcess] = []
-        self.all: List[HostProcess] = []
-        self.closed: bool = False
-        self.orders: List[Callable[[], None]] = []
-        self.wanted: threading.Condition = threading.Condition()
-        self.thread: Optional[threading.Thread] = None
+    #: Their clock's reading less this process's, at one instant, ns.
+    clock_ns: int = 0
 
-    def __enter__(self) -> Pool:
+    def __init__(self) -> None:
+        self.idle: List[Host] = []
+        self.all: List[Host] = []
+        self.closed: bool = False
+
+    def __enter__(self: Any) -> Any:
         return self
 
     def __exit__(
@@ -88,13 +123,26 @@ class Pool:
     ) -> None:
         self.close()
 
+    # ---- what a lender implements
+    def start(self) -> Host:
+        """A new child, which has not said Ready yet. HostError if it cannot be had."""
+        raise NotImplementedError
+
+    def path(self, local: Path) -> str:
+        """Where a child is to write what this process will look for at ``local``."""
+        raise NotImplementedError
+
+    def bring(self, local: Path) -> None:
+        """What a child wrote at ``path(local)`` is at ``local`` now, if it wrote anything."""
+        raise NotImplementedError
+
     # ---- hosts
-    def take(self, count: int) -> List[HostProcess]:
+    def take(self, count: int) -> List[Host]:
         """``count`` hosts that have said Ready. HostError if one cannot start; those that did stay in the pool."""
-        found: List[HostProcess] = []
+        found: List[Host] = []
         while self.idle and len(found) < count:
             host = self.idle.pop()
-            if host.process.poll() is None:
+            if host.alive():
                 found.append(host)
             else:
                 self.discard(host)
@@ -109,11 +157,11 @@ class Pool:
             host.used += 1
         return found + fresh
 
-    def spare(self) -> HostProcess:
+    def spare(self) -> Host:
         """One host at once: an idle one, or one that is still starting (see ``await_ready``)."""
         while self.idle:
             host = self.idle.pop()
-            if host.process.poll() is None:
+            if host.alive():
                 return host
             self.discard(host)
         return self.spawn()
@@ -127,71 +175,25 @@ class Pool:
                 self.await_ready(host)
             self.idle += fresh
 
-    def give_back(self, host: HostProcess, clean: bool) -> None:
-        if clean and not self.closed and host.process.poll() is None:
+    def give_back(self, host: Host, clean: bool) -> None:
+        if clean and not self.closed and host.alive():
             self.idle.append(host)
         else:
             self.discard(host)
 
-    def discard(self, host: HostProcess) -> None:
+    def discard(self, host: Host) -> None:
         host.kill()
         if host in self.all:
             self.all.remove(host)
 
-    def spawn(self) -> HostProcess:
-        """Start a child. A thread of the pool's own does it, because the kernel kills a child when the *thread* that
-        started it ends."""
+    def spawn(self) -> Host:
         if self.closed:
             raise HostError("the pool is closed")
-        done = threading.Event()
-        result: List[HostProcess] = []
-        errors: List[BaseException] = []
+        host = self.start()
+        self.all.append(host)
+        return host
 
-        def start() -> None:
-            try:
-                result.append(self._popen())
-            except BaseException as error:  # handed to whoever asked
-                errors.append(error)
-            done.set()
-
-        if self.thread is None:
-            self.thread = threading.Thread(target=self._spawner, name="spawner", daemon=True)
-            self.thread.start()
-        with self.wanted:
-            self.orders.append(start)
-            self.wanted.notify()
-        done.wait()
-        if errors:
-            raise HostError(f"cannot start a child process: {errors[0]}") from errors[0]
-        self.all.append(result[0])
-        return result[0]
-
-    def _spawner(self) -> None:
-        # Ctrl-C reaches the whole group, and is the runner's to decide on: children inherit that from their first
-        # instruction on, not only once they have imported enough to say so themselves.
-        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
-        while True:
-            with self.wanted:
-                while not self.orders:
-                    if self.closed:
-                        return
-                    self.wanted.wait()
-                order = self.orders.pop(0)
-            order()
-
-    def _popen(self) -> HostProcess:
-        path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH", "")])])
-        command = [sys.executable, "-m", "kvreal.host", "--transport", self.transport, "--parent", str(os.getpid())]
-        process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            bufsize=0,
-            env={**os.environ, **self.env, "PYTHONPATH": path},
-        )
-        return HostProcess(process)
-
-    def await_ready(self, host: HostProcess) -> None:
+    def await_ready(self, host: Host) -> None:
         """Wait until a fresh child has said Ready."""
         until = time.monotonic() + START_TIMEOUT_S
         while not host.transport:
@@ -208,7 +210,7 @@ class Pool:
                     raise TransferError(message.text)
             if host.pipe.ended and not host.transport:
                 self.discard(host)
-                raise HostError(f"a child process ended at once, exit status {host.process.returncode}")
+                raise HostError(f"a child process ended at once, {host.status()}")
 
     # ---- the end
     def close(self) -> None:
@@ -219,5 +221,123 @@ class Pool:
         for host in list(self.all):
             self.discard(host)
         self.idle = []
+
+
+class Pool(Lender):
+    """Of this machine. ``bind``: the address at which its children listen; where others could reach it, ``secret`` is
+    what they must have to be heard."""
+
+    def __init__(
+        self, transport: str = "auto", env: Optional[Dict[str, str]] = None, bind: str = LOOPBACK, secret: bytes = b""
+    ) -> None:
+        super().__init__()
+        self.transport: str = resolve(transport)
+        self.env: Dict[str, str] = env or {}
+        self.bind: str = bind
+        self.secret: bytes = secret
+        self.spawner: Spawner = Spawner()
+
+    def start(self) -> Host:
+        process = self.spawner.popen(
+            host_command(self.transport, self.bind), self.env, self.secret, subprocess.PIPE, subprocess.PIPE
+        )
+        return HostProcess(self, process)
+
+    def path(self, local: Path) -> str:
+        return str(local)
+
+    def bring(self, local: Path) -> None:
+        pass  # it is there
+
+    def close(self) -> None:
+        super().close()
+        self.spawner.close()
+
+
+def host_command(transport: str, bind: str) -> List[str]:
+    return [
+        sys.executable, "-m", "kvreal.host", "--transport", transport, "--parent", str(os.getpid()), "--bind", bind,
+    ]  # fmt: skip
+
+
+class Spawner:
+    """Starts children in a thread of its own, because the kernel kills a child when the *thread* that started it ends.
+    """
+
+    def __init__(self) -> None:
+        self.orders: List[Callable[[], None]] = []
+        self.wanted: threading.Condition = threading.Condition()
+        self.thread: Optional[threading.Thread] = None
+        self.closed: bool = False
+
+    def popen(
+        self, command: Sequence[str], env: Dict[str, str], secret: bytes, stdin: int, stdout: int
+    ) -> subprocess.Popen[bytes]:
+        """A host's process. HostError if there can be none. ``secret`` goes through a pipe: no list of processes and no
+        environment shows it."""
+        done = threading.Event()
+        result: List[subprocess.Popen[bytes]] = []
+        errors: List[BaseException] = []
+
+        def start() -> None:
+            try:
+                result.append(_popen(command, env, secret, stdin, stdout))
+            except BaseException as error:  # handed to whoever asked
+                errors.append(error)
+            done.set()
+
+        with self.wanted:
+            if self.thread is None:
+                self.thread = threading.Thread(target=self._loop, name="spawner", daemon=True)
+                self.thread.start()
+            self.orders.append(start)
+            self.wanted.notify()
+        done.wait()
+        if errors:
+            raise HostError(f"cannot start a child process: {errors[0]}") from errors[0]
+        return result[0]
+
+    def _loop(self) -> None:
+        # Ctrl-C reaches the whole group, and is the runner's to decide on: children inherit that from their first
+        # instruction on, not only once they have imported enough to say so themselves.
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+        while True:
+            with self.wanted:
+                while not self.orders:
+                    if self.closed:
+                        return
+                    self.wanted.wait()
+                order = self.orders.pop(0)
+            order()
+
+    def close(self) -> None:
+        """No more children; those that still live are killed by the kernel."""
+        self.closed = True
         with self.wanted:
             self.wanted.notify_all()
+
+
+def _popen(
+    command: Sequence[str], env: Dict[str, str], secret: bytes, stdin: int, stdout: int
+) -> subprocess.Popen[bytes]:
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH", "")])])
+    kept: Tuple[int, ...] = ()
+    arguments = list(command)
+    try:
+        if secret:
+            kept = os.pipe()
+            os.write(kept[1], secret)
+            os.close(kept[1])
+            kept = kept[:1]
+            arguments += ["--secret-fd", str(kept[0])]
+        return subprocess.Popen(
+            arguments,
+            stdin=stdin,
+            stdout=stdout,
+            bufsize=0,
+            pass_fds=kept,
+            env={**os.environ, **env, "PYTHONPATH": path},
+        )
+    finally:
+        for fd in kept:
+            os.close(fd)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
-from typing import Final, List, Optional
+from typing import Final, List, Mapping, Optional
 
 from kvcore.scenario.build import Built
 from kvcore.scenario.faults import Crash, FaultPlan
 from kvcore.scenario.history import HistoryError
 from kvcore.scenario.result import Result
 from kvreal import collect
-from kvreal.pool import HostError, Pool
+from kvreal.pool import HostError, Lender, Pool
 from kvreal.seats import Broken, Hang
 from kvreal.session import Session
 
@@ -31,14 +31,16 @@ def run(
     pool: Optional[Pool] = None,
     timeout_s: Optional[float] = None,
     faults: bool = True,
+    elsewhere: Optional[Mapping[str, Lender]] = None,
 ) -> Result:
     """Start a process a node, play the client's steps, wait until all is quiet, check every byte, and tell.
 
     ``history``: where the merged log goes; without it none is kept. ``pool``: processes to use, and to leave running;
-    without one they are started and ended here (``transport`` is then the pool's). ``timeout_s``: overrides the
-    scenario's deadline. A run that is not quiet in time is ended and says who was not (``Result.hung``). Raises
-    RunError (a child that cannot start, no memory, a history that cannot be written) and TransferError (a transport
-    that is not there); anything else, Ctrl-C too, passes through once everything is reaped.
+    without one they are started and ended here (``transport`` is then the pool's). ``elsewhere``: instance -> where its
+    ranks run instead (``kvreal.borrow``). ``timeout_s``: overrides the scenario's deadline. A run that is not quiet in
+    time is ended and says who was not (``Result.hung``). Raises RunError (a child that cannot start, no memory, a
+    history that cannot be written) and TransferError (a transport that is not there); anything else, Ctrl-C too, passes
+    through once everything is reaped.
     """
     if history is not None:
         _writable(history)
@@ -46,7 +48,7 @@ def run(
     used = pool if pool is not None else Pool(transport)
     try:
         with tempfile.TemporaryDirectory(prefix="kvreal-", ignore_cleanup_errors=True) as folder:
-            return _run(built, used, Path(folder), history, timeout_s, faults)
+            return _run(built, used, Path(folder), history, timeout_s, faults, elsewhere or {})
     except HostError as error:
         raise RunError(str(error)) from error
     finally:
@@ -65,11 +67,21 @@ def _writable(path: Path) -> None:
 
 
 def _run(
-    built: Built, pool: Pool, folder: Path, keep: Optional[Path], timeout_s: Optional[float], faults: bool
+    built: Built,
+    pool: Lender,
+    folder: Path,
+    keep: Optional[Path],
+    timeout_s: Optional[float],
+    faults: bool,
+    elsewhere: Mapping[str, Lender],
 ) -> Result:
     limit_ns = built.deadline_ns if timeout_s is None else int(timeout_s * 1e9)
-    pool.warm(len(built.specs) + (_restarts(built) if faults else 0))
-    session = Session(built, pool, folder, limit_ns, faults)
+    away = {instance: sum(spec.name.rpartition("/")[0] == instance for spec in built.specs) for instance in elsewhere}
+    spare = _restarts(built) if faults else 0
+    pool.warm(len(built.specs) - sum(away.values()) + spare)
+    for instance, lender in elsewhere.items():
+        lender.warm(away[instance] + spare)
+    session = Session(built, pool, folder, limit_ns, faults, elsewhere)
     hung: List[str] = []
     broken: Optional[Broken] = None
     try:

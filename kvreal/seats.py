@@ -7,7 +7,7 @@ from typing import Dict, List, Optional, Tuple
 from kvcore.scenario.build import AnySpec
 from kvcore.scenario.faults import Spent
 from kvreal import control as c
-from kvreal.pool import HostProcess
+from kvreal.pool import Host
 
 
 class Hang(Exception):
@@ -31,7 +31,7 @@ class Seat:
         self.spec: AnySpec = spec
         self.name: str = spec.name
         self.life: int = 0
-        self.host: Optional[HostProcess] = None
+        self.host: Optional[Host] = None
         self.address: Optional[c.Address] = None
         self.paused: bool = False
         self.dying: bool = False

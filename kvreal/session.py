@@ -8,7 +8,7 @@ import signal
 import time
 import uuid
 from pathlib import Path
-from typing import Callable, Dict, Final, List, Tuple
+from typing import Callable, Dict, Final, List, Mapping, Optional, Tuple
 
 from kvcore.protocol import machine as m
 from kvcore.protocol.config import ControllerSpec, WorkerSpec
@@ -16,7 +16,7 @@ from kvcore.scenario.build import Built, encode
 from kvreal import control as c
 from kvreal.acts import Acts
 from kvreal.journal import records
-from kvreal.pool import HostError, HostProcess, Pool
+from kvreal.pool import Host, HostError, Lender
 from kvreal.quiet import ASK_TIMEOUT_S, Quiet
 from kvreal.seats import Broken, Hang, Seat
 
@@ -26,10 +26,20 @@ START_TIMEOUT_S: Final = 60.0
 class Session:
     """Boots the nodes of ``built`` on hosts of ``pool`` and supervises them until they are quiet, or it is too late."""
 
-    def __init__(self, built: Built, pool: Pool, folder: Path, limit_ns: int, faults: bool = True) -> None:
+    def __init__(
+        self,
+        built: Built,
+        pool: Lender,
+        folder: Path,
+        limit_ns: int,
+        faults: bool = True,
+        elsewhere: Optional[Mapping[str, Lender]] = None,
+    ) -> None:
+        """``elsewhere``: instance -> where its ranks run, if not on hosts of ``pool``."""
         self.built: Built = built
         self.encoded: bytes = encode(built)
-        self.pool: Pool = pool
+        self.pool: Lender = pool
+        self.elsewhere: Mapping[str, Lender] = elsewhere or {}
         self.folder: Path = folder
         self.run: str = uuid.uuid4().hex
         self.seats: Dict[str, Seat] = {spec.name: Seat(spec) for spec in built.specs}
@@ -40,7 +50,7 @@ class Session:
         self.count: int = 0
         self.notes: List[Tuple[str, c.Noted]] = []
         self.asked: int = 0
-        self.histories: List[Path] = []
+        self.histories: List[Tuple[Lender, Path]] = []
         self.calm: bool = False
         self.started_ns: int = 0
         self.limit_ns: int = limit_ns
@@ -63,9 +73,14 @@ class Session:
     # ---- seats and hosts
     def start(self) -> None:
         """Every node assigned, bound, known to all others and booted: controller, then workers, then client."""
-        hosts = self.pool.take(len(self.seats))
-        for seat, host in zip(self.seats.values(), hosts):
-            self._assign(seat, host)
+        lenders: Dict[Lender, List[Seat]] = {}
+        for seat in self.seats.values():
+            lenders.setdefault(self.lender(seat), []).append(seat)
+        taken: Dict[str, Host] = {}
+        for lender, seats in lenders.items():
+            taken.update(zip([seat.name for seat in seats], lender.take(len(seats))))
+        for seat in self.seats.values():
+            self._assign(seat, taken[seat.name])
         self._until(lambda: all(seat.up for seat in self.seats.values()), START_TIMEOUT_S, "start")
         self.publish()
         for seat in self.seats.values():
@@ -84,13 +99,17 @@ class Session:
             "start",
         )
 
-    def _assign(self, seat: Seat, host: HostProcess) -> None:
+    def lender(self, seat: Seat) -> Lender:
+        """Whose hosts a node runs on."""
+        return self.elsewhere.get(seat.name.rpartition("/")[0], self.pool)
+
+    def _assign(self, seat: Seat, host: Host) -> None:
         seat.life += 1
         seat.host = host
         seat.address = None
         seat.dying = False
         history = self.folder / f"{seat.name.replace('/', '-')}.{seat.life}.jsonl"
-        self.histories.append(history)
+        self.histories.append((host.pool, history))
         journal = str(self.journal) if isinstance(seat.spec, ControllerSpec) else ""
         seat.say(
             c.Assign(
@@ -98,9 +117,9 @@ class Session:
                 seat.name,
                 seat.life,
                 self.encoded,
-                self.base_ns,
+                self.base_ns + host.pool.clock_ns,
                 journal,
-                str(history),
+                host.pool.path(history),
                 self.faults and not self.calm,
                 seat.spent,
             )
@@ -129,7 +148,7 @@ class Session:
         """SIGKILL to a node's process, and the end of its life."""
         host = seat.host
         if host is not None:
-            self.pool.discard(host)
+            host.pool.discard(host)
             self._left(seat)
 
     def _left(self, seat: Seat) -> None:
@@ -143,7 +162,7 @@ class Session:
     def restart(self, seat: Seat) -> None:
         """A new process for a dead node. One that is not warm takes about a second."""
         if seat.host is None:
-            self._assign(seat, self.pool.spare())
+            self._assign(seat, self.lender(seat).spare())
         elif seat.dying:  # it has said that it will end, and has not yet
             self.after(1_000_000, lambda: self.restart(seat))
         else:  # another fault's restart was sooner
@@ -162,7 +181,7 @@ class Session:
             host.send_signal(signal.SIGCONT)
             self.after(20_000_000, lambda: self._resume_again(seat, host))
 
-    def _resume_again(self, seat: Seat, host: HostProcess) -> None:
+    def _resume_again(self, seat: Seat, host: Host) -> None:
         if seat.host is host and not seat.paused and host.stopped():
             host.send_signal(signal.SIGCONT)
             self.after(20_000_000, lambda: self._resume_again(seat, host))
@@ -176,7 +195,7 @@ class Session:
         if self.timers:
             timeout_s = min(timeout_s, max(0.0, (self.timers[0][0] - self.now()) / 1e9))
         poller = select.poll()
-        by_fd: Dict[int, Tuple[Seat, HostProcess]] = {}
+        by_fd: Dict[int, Tuple[Seat, Host]] = {}
         for seat in self.seats.values():
             if seat.host is not None:
                 by_fd[seat.host.pipe.read_fd] = (seat, seat.host)
@@ -192,7 +211,7 @@ class Session:
             if fd == host.pipe.read_fd:
                 self._hear(seat, host)
 
-    def _hear(self, seat: Seat, host: HostProcess) -> None:
+    def _hear(self, seat: Seat, host: Host) -> None:
         try:
             messages = host.pipe.hear()
         except c.ControlError as error:
@@ -201,10 +220,10 @@ class Session:
             self._heard(seat, message)
         if host.pipe.ended and seat.host is host:
             expected = seat.dying
-            self.pool.discard(host)
+            host.pool.discard(host)
             self._left(seat)
             if not expected:
-                raise Broken("died", seat.name, f"its process ended on its own, exit status {host.process.returncode}")
+                raise Broken("died", seat.name, f"its process ended on its own, {host.status()}")
 
     def _heard(self, seat: Seat, message: c.Said) -> None:
         if isinstance(message, c.State):
@@ -332,4 +351,4 @@ class Session:
         for seat in self.seats.values():
             if seat.host is not None:
                 host, seat.host, seat.address = seat.host, None, None
-                self.pool.give_back(host, bool(seat.idle))
+                host.pool.give_back(host, bool(seat.idle))
