@@ -190,7 +190,7 @@ def _pool(transport: str) -> Pool:
             f"the real world cannot run here: {' and '.join(missing)} not installed (pip install 'kvmove[real]')"
         )
     from kvreal.pool import Pool
-    from kvreal.transfer.base import TransferError
+    from kvreal.transfer import TransferError
 
     try:
         return Pool(transport)

@@ -35,8 +35,7 @@ from kvreal.keys import shared
 from kvreal.memory import Memory, SlabError
 from kvreal.network import Network
 from kvreal.node import Node, Parts
-from kvreal.transfer import make, proof, resolve
-from kvreal.transfer.base import Transfer
+from kvreal.transfer import Transfer, make, proof
 
 PR_SET_PDEATHSIG = 1
 CARRIED_TIMEOUT_S = 0.25
@@ -51,9 +50,7 @@ class Host:
         self.transfer: Transfer = make(transport, self.memory, (bind, 0))
         if keys is not None:
             self.transfer.windows.secret = keys.window_secret()
-        tables = getattr(self.transfer, "tables", None)
-        if tables is not None:
-            tables.fd = sink
+        self.transfer.ucx_prints_to(sink)
         self.engine: EngineThread = EngineThread(self.memory)
         self.network: Network = Network(bind, keys)
         self.node: Optional[Node] = None
@@ -260,7 +257,7 @@ def main(argv: List[str]) -> int:
     out, sink = proof.redirect_stdout()
     pipe = c.Pipe(0, out, c.ToHost)
     try:
-        host = Host(resolve(args.transport), pipe, sink, args.bind, secret)
+        host = Host(args.transport, pipe, sink, args.bind, secret)
     except Exception as error:
         pipe.say(c.Failed("transport", f"{type(error).__name__}: {error}"))
         return 1

@@ -19,6 +19,7 @@ from kvcore.scenario.loader import ScenarioError, load_as
 from kvcore.scenario.mistake import Mistake, nearest, shown
 from kvcore.scenario.schema import MODELS, Constants, Kv, Scenario, config_of
 from kvcore.scenario.units import Size
+from kvreal.transfer import NAMES
 
 VARIABLES: Final = ("KVMOVE_CONFIG_FILE", "LMCACHE_CONFIG_FILE")
 GB: Final = 1 << 30
@@ -53,7 +54,7 @@ IGNORED: Final = frozenset(_IGNORED.split())
 
 OLD_NAMES: Final = {"controller_url": "controller_pull_url", "lmcache_worker_port": "lmcache_worker_ports"}
 
-CHANNELS: Final = {"auto": "auto", "nixl": "nixl", "tcp": "tcp", "py_socket": "tcp"}
+CHANNELS: Final = {name: name for name in NAMES} | {"py_socket": "socket"}
 """``transfer_channel`` -> our transport. ``py_socket`` is the reference's word for plain sockets."""
 
 Ports = Union[int, str, Tuple[int, ...]]
@@ -74,7 +75,7 @@ class Own(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults
     """Of each rank. Instead of ``local_cpu`` and ``local_disk``."""
     store_at: str = ""
     """Where the engine stores; else the first location."""
-    transport: Literal["auto", "nixl", "tcp", ""] = ""
+    transport: str = ""
     direction: Literal["read", "push"] = "read"
     constants: Constants = Constants()
     host: str = "localhost"
@@ -196,6 +197,8 @@ def _meaning(
         raise wrong("controller_pull_url", "missing, expected host:port such as localhost:8300")
     if not 1 <= keys.chunk_size <= 65536:
         raise wrong("chunk_size", f"found {keys.chunk_size}, expected 1 to 65536 tokens")
+    if own.transport and own.transport not in NAMES:
+        raise wrong("kvmove.transport", f"found {shown(own.transport)}, expected one of {', '.join(NAMES)}")
     channel = own.transport or CHANNELS.get(keys.transfer_channel or "auto", "")
     if not channel:
         raise wrong(

@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 Bytes = npt.NDArray[np.uint8]
+Words = npt.NDArray[np.uint64]
 
 PAGE: Final = 4096
 HUGE: Final = 2 << 20
@@ -216,6 +217,11 @@ class Memory:
             raise SlabError(f"{location}: no slot {slot} of {nbytes} bytes among {place.slots} of {place.slot_bytes}")
         return place
 
+    def addresses(self, location: str, slots: Sequence[int]) -> Words:
+        """Where these slots begin, in this process's address space or its GPU's."""
+        place = self.places[location]
+        return np.uint64(place.address) + np.array(slots, dtype=np.uint64) * np.uint64(place.slot_bytes)
+
     def view(self, location: str, slot: int, nbytes: int) -> Bytes:
         """The first ``nbytes`` bytes of a slot, not a copy. GPU memory has none: see ``put`` and ``get``."""
         place = self.check(location, slot, nbytes)
@@ -224,6 +230,10 @@ class Memory:
             raise SlabError(f"{location} is GPU memory, which this transport does not reach")
         first = start + slot * place.slot_bytes
         return slab.bytes[first : first + nbytes]
+
+    def mapped(self, location: str) -> bool:
+        """Whether its bytes lie in this process's address space, so that ``view`` can show them."""
+        return self.homes[location][0].tensor is None
 
     def on_gpu(self, location: str) -> bool:
         return self.homes[location][0].tensor is not None

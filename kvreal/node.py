@@ -28,7 +28,8 @@ from kvreal.engines.thread import EngineThread, check_all
 from kvreal.journal import Journal
 from kvreal.memory import Memory
 from kvreal.network import Network
-from kvreal.transfer.base import Copy, Ended, Fate, Transfer, WindowShut
+from kvreal.transfer import Transfer
+from kvreal.transfer.job import Copy, Ended, Fate, WindowShut
 
 FORWARDED: Final = frozenset({"settle", "start", "finished", "registered", "register_refused"})
 """Notes that the runner waits for."""

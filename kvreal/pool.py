@@ -22,8 +22,7 @@ from types import TracebackType
 from typing import Any, Callable, Dict, Final, List, Optional, Sequence, Tuple, Type
 
 from kvreal import control as c
-from kvreal.transfer import resolve
-from kvreal.transfer.base import TransferError
+from kvreal.transfer import TransferError, resolve
 
 START_TIMEOUT_S: Final = 60.0
 ROOT: Final = Path(__file__).resolve().parents[1]
@@ -231,7 +230,8 @@ class Pool(Lender):
         self, transport: str = "auto", env: Optional[Dict[str, str]] = None, bind: str = LOOPBACK, secret: bytes = b""
     ) -> None:
         super().__init__()
-        self.transport: str = resolve(transport)
+        resolve(transport)  # what cannot be had is said here, not by a process that dies of it
+        self.transport: str = transport
         self.env: Dict[str, str] = env or {}
         self.bind: str = bind
         self.secret: bytes = secret

@@ -166,7 +166,7 @@ def refusal(instance: str, why: str, rest: str) -> str:
 
 
 def transport(name: str, memory: Memory, sink: int, at: Tuple[str, int]) -> Transfer:
-    """The named one; with ``auto`` the fastest that really starts. TransferError if there is none."""
+    """The named one; with ``auto`` those that really start. TransferError if there is none."""
     warning = respect(os.environ) if name != "tcp" else ""
     if warning:
         log.warning("%s", warning)
@@ -175,13 +175,10 @@ def transport(name: str, memory: Memory, sink: int, at: Tuple[str, int]) -> Tran
     except AddressTaken:
         raise
     except Exception as error:
-        if name != "auto":
-            raise TransferError(f"transport {name} cannot be had here: {error}") from error
-        log.warning("NIXL does not start here (%s): TCP sockets are used", " ".join(str(error).split())[:200])
-        made = make("tcp", memory, at)
-    tables = getattr(made, "tables", None)
-    if tables is not None:
-        tables.fd = sink
+        raise TransferError(f"transport {name} cannot be had here: {error}") from error
+    for lacking, why in made.lacking.items():
+        log.warning("%s does not start here (%s); used are: %s", lacking, why, ", ".join(made.carriers))
+    made.ucx_prints_to(sink)
     return made
 
 

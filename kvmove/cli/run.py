@@ -29,7 +29,7 @@ def run(
         str | None, typer.Option("--history", help="Keep the histories in this directory.", metavar="DIR")
     ] = None,
     transport: Annotated[
-        str, typer.Option("--transport", help="What carries real bytes: auto, nixl or tcp.", metavar="NAME")
+        str, typer.Option("--transport", help="What carries real bytes: auto, nixl, socket or tcp.", metavar="NAME")
     ] = "auto",
     trace: Annotated[
         str | None, typer.Option("--trace", help="Write a timeline there, for ui.perfetto.dev.", metavar="OUT")
@@ -59,7 +59,7 @@ def run(
     130 Ctrl-C.
     """
     worlds = ("sim", "real") if output.choice("--on", on, ("sim", "real", "both")) == "both" else (on,)
-    output.choice("--transport", transport, ("auto", "nixl", "tcp"))
+    output.choice("--transport", transport, ("auto", "nixl", "socket", "tcp"))
     if json_out not in (None, "-") and not Path(json_out).absolute().parent.is_dir():
         raise UserError(f"--json {json_out}: there is no directory {Path(json_out).parent}")
     _check_trace(trace, trace_messages, files)

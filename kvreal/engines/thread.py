@@ -18,7 +18,7 @@ from kvcore.protocol.machine import FillDone, ReadDone, StartFill, StartRead
 from kvreal.engines import synthetic
 from kvreal.engines.base import Engine
 from kvreal.memory import Memory
-from kvreal.transfer.base import Fate
+from kvreal.transfer.job import Fate
 
 log = logging.getLogger("kvmove.engine")
 

@@ -1,53 +1,45 @@
-"""What every transport is: copies that run beside the loop, end exactly once, and can be told to stop.
+"""A process's copies: they run beside the loop, end exactly once, and can be told to stop.
 
-    transfer.start(copy)             one thread a copy; the loop never waits
+    transfer.start(copy)             in a thread; the loop never waits
     transfer.abort(rid)              ends as stopped, once its writer is known to have stopped (or done, if it won)
     transfer.close_window(peer, e)   answered when nothing of process (peer, e) can land here any more
     transfer.fileno()                readable when ``take()`` has something
     transfer.take()                  [Ended | WindowShut]
 
-A transport implements ``carry`` (its own side), and ``serve`` and ``revoke`` (the side whose memory is touched).
-Injected fates (fail, corrupt, stuck, slow, a fraction) are carried out here, alike for every transport.
+Which transport carries a copy is chosen for each: the first in ``carriers`` that both ends have and that reaches both
+locations. Injected fates (fail, corrupt, stuck, slow, a fraction) are carried out here, alike for every transport.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-import socket
 import threading
 import time
 import uuid
 from collections import deque
-from typing import Deque, Dict, Final, List, Optional, Tuple, Union
+from typing import Callable, Deque, Dict, List, Optional, Tuple, Union
 
 from kvcore.protocol.messages import Rid
-from kvreal.memory import Bytes, Memory, copy_bytes
-from kvreal.transfer.job import Copy, Ended, Fate, Job, Stopped, WindowShut
-from kvreal.transfer.window import (
-    Grant,
-    Hello,
-    Info,
-    TransferError,
-    Window,
-    WindowServer,
-    hang_up,
-    open_window,
-    split_endpoint,
-)
+from kvreal.memory import Bytes, Memory, copy_bytes, kind_of
+from kvreal.transfer.carrier import Carrier, Link
+from kvreal.transfer.flow import BATCH_BYTES, Flow
+from kvreal.transfer.frames import TransferError
+from kvreal.transfer.job import Copy, Ended, Job, Stopped, WindowShut
+from kvreal.transfer.line import Endpoint, Line, Lines, dial, parse, unix_name
+from kvreal.transfer.window import OVER, Hello, Info, Window, WindowServer, hang_up
+from kvreal.transfer.workers import Workers
 
-__all__ = ["Copy", "Ended", "Fate", "Job", "Stopped", "Transfer", "TransferError", "WindowShut"]
-
-LOCAL_BATCH_BYTES: Final = 16 << 20
+Make = Callable[[Memory, str, Flow], Carrier]
 
 
 class Transfer:
-    """Base of the transports. One a process; it outlives runs (``begin`` starts the next)."""
+    """One a process; it outlives runs (``begin`` starts the next)."""
 
-    name: str = ""
-
-    def __init__(self, memory: Memory, at: Tuple[str, int] = ("127.0.0.1", 0)) -> None:
-        """``at``: where peers open windows. TransferError if that is taken."""
+    def __init__(self, memory: Memory, makes: Dict[str, Make], at: Tuple[str, int] = ("127.0.0.1", 0)) -> None:
+        """``makes``: of carriers by name, the preferred one first; of several, those that cannot work here are left
+        out (``lacking`` says why). ``at``: where peers ask for windows. TransferError if that is taken, or none works.
+        """
         self.memory: Memory = memory
         self.process: str = uuid.uuid4().hex[:16]
         self.address: str = ""
@@ -55,47 +47,75 @@ class Transfer:
         self.epoch: int = 0
         self.lock: threading.Lock = threading.Lock()
         self.jobs: Dict[Rid, Job] = {}
+        self.greeting: List[str] = []
         self.closing: List[Tuple[str, int]] = []
         self.results: Deque[Union[Ended, WindowShut]] = deque()
         self.wake: int = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self.flow: Flow = Flow()
+        self.carriers: Dict[str, Carrier] = {}
+        self.lacking: Dict[str, str] = {}
+        for name, make in makes.items():
+            try:
+                carrier = make(memory, self.process, self.flow)
+            except Exception as error:
+                if len(makes) == 1:
+                    raise
+                self.lacking[name] = " ".join(str(error).split())[:200] or type(error).__name__
+            else:
+                self.carriers[carrier.name] = carrier
+        if not self.carriers:
+            raise TransferError(f"no transport works here: {self.lacking}")
+        self.lines: Lines = Lines()
+        self.workers: Workers = Workers("copy")
+        unix = any(carrier.unix for carrier in self.carriers.values())
         self.windows: WindowServer = WindowServer(
-            self.prepare, self.serve, self.revoke, self.info, self._check_closing, at
-        )
+            self._prepare, self._serve, self._revoke, self._info, self._check_closing, at,
+            unix_name(self.process) if unix else "",
+        )  # fmt: skip
 
-    # ---- what a transport implements
-    def carry(self, job: Job) -> str:
-        """Move ``job.spans``; returns what carried them. Raises Stopped, TransferError or OSError."""
-        raise NotImplementedError
+    @property
+    def name(self) -> str:
+        """The transport that is preferred."""
+        return next(iter(self.carriers))
 
-    def prepare(self, window: Window) -> None:
-        """Before a window is granted; whatever this raises refuses it."""
+    # ---- the side whose memory is touched
+    def _prepare(self, window: Window) -> Tuple[int, ...]:
         hello = window.hello
         for slot, size in hello.spans:
             self.memory.check(hello.location, slot, size)
         if hello.kind == "write":
             self.memory.soil(hello.location, [slot for slot, _ in hello.spans], poison=True)
+        return self._carrier(hello.by).prepare(window)
 
-    def serve(self, window: Window) -> None:
-        """Runs on the side whose memory is touched, for as long as the window is open."""
-        raise NotImplementedError
+    def _carrier(self, name: str) -> Carrier:
+        carrier = self.carriers.get(name)
+        if carrier is None:
+            raise TransferError(f"no transport {name!r} here, only {', '.join(self.carriers)}")
+        return carrier
 
-    def revoke(self, window: Window) -> None:
-        """Make the window's owner stop; must not block."""
-        raise NotImplementedError
+    def _info(self, hello: Hello) -> Optional[Info]:
+        return self._carrier(hello.by).info(hello)
 
-    def info(self, known: int) -> Optional[Info]:
-        """What a peer must know to reach this memory; None if it knows it (``known``: the layout it has seen)."""
-        return None
+    def _serve(self, window: Window) -> bytes:
+        return OVER if self.carriers[window.hello.by].serve(window) else b""
 
-    def introduce(self, address: str, endpoint: str) -> None:
-        """Connect to a peer before the first copy needs it."""
-
-    def memory_changed(self) -> None:
-        """Slabs were made or dropped."""
+    def _revoke(self, window: Window) -> None:
+        self.carriers[window.hello.by].revoke(window)
 
     # ---- the loop's side
     def endpoint(self) -> str:
-        return f"{self.name}|{self.windows.host}|{self.windows.port}|{self.process}"
+        cards = tuple((name, carrier.card()) for name, carrier in self.carriers.items())
+        return Endpoint(self.windows.host, self.windows.port, self.process, cards).text()
+
+    def ucx_prints_to(self, fd: int) -> None:
+        """Where UCX says what it uses; see proof.py."""
+        for carrier in self.carriers.values():
+            carrier.ucx_prints_to(fd)
+
+    def memory_changed(self) -> None:
+        """Slabs were made or dropped."""
+        for carrier in self.carriers.values():
+            carrier.memory_changed()
 
     def fileno(self) -> int:
         return self.wake
@@ -119,7 +139,7 @@ class Transfer:
             if rid in self.jobs:
                 return  # carried out twice: the first one's end answers both
             self.jobs[rid] = job
-        threading.Thread(target=self._run, args=(job,), name=f"copy {rid[1]}", daemon=True).start()
+        self.workers.run(lambda: self._run(job))
 
     def abort(self, rid: Rid) -> None:
         with self.lock:
@@ -128,13 +148,7 @@ class Transfer:
             now = time.monotonic_ns()
             self._report(Ended(rid, "stopped", "not running", True, "", "", 0, now, now, now))
             return
-        self._stop(job)
-
-    def _stop(self, job: Job) -> None:
-        job.aborted.set()
-        stop = job.stop
-        if stop is not None:
-            stop()
+        job.stop()
 
     def close_window(self, peer: str, epoch: int) -> None:
         self.windows.close(peer, epoch)
@@ -142,7 +156,7 @@ class Transfer:
             self.closing.append((peer, epoch))
             mine = [job for job in self.jobs.values() if _reads(job, peer, epoch)]
         for job in mine:
-            self._stop(job)
+            job.stop()
         self._check_closing()
 
     def take(self) -> List[Union[Ended, WindowShut]]:
@@ -164,12 +178,13 @@ class Transfer:
             late = [job for job in self.jobs.values() if job.deadline_ns <= now and not job.expired]
         for job in late:
             job.expired = True
-            self._stop(job)
+            job.stop()
 
     def pending(self) -> List[str]:
         with self.lock:
             lines = [f"copy {rid[1]} with {job.copy.effect.peer}" for rid, job in self.jobs.items()]
             lines += [f"closing the window of {peer}" for peer, _ in self.closing]
+            lines += [f"connecting to {address}" for address in self.greeting]
         return lines + [f"window of {w.hello.peer} open" for w in list(self.windows.windows) if w.hello.kind != "greet"]
 
     def stop(self) -> None:
@@ -177,7 +192,11 @@ class Transfer:
         with self.lock:
             jobs = list(self.jobs.values())
         for job in jobs:
-            self._stop(job)
+            job.stop()
+        self.lines.forget()
+        self.workers.stop()
+        for carrier in self.carriers.values():
+            carrier.stop()
 
     # ---- a copy's thread
     def _run(self, job: Job) -> None:
@@ -212,12 +231,11 @@ class Transfer:
             job.aborted.wait(fate.delay_ns / 1e9)
             job.check()
         begun = time.monotonic_ns()
-        if not job.spans:  # an injected fault lets none of the bytes through
-            transport = self.name
-        elif job.copy.effect.peer == self.address:
-            transport = self._carry_locally(job)
-        else:
-            transport = self.carry(job)
+        self.flow.enter(job)
+        try:
+            transport = self._across(job)
+        finally:
+            self.flow.leave(job)
         if fate.stuck and not fate.fail:  # what has landed has landed, but nobody is told
             job.aborted.wait()
             raise Stopped
@@ -228,6 +246,11 @@ class Transfer:
         if fate.corrupt and job.copy.effect.read and job.spans:
             self._spoil(job)
         return transport
+
+    def _across(self, job: Job) -> str:
+        if not job.spans:  # an injected fault lets none of the bytes through
+            return "none"
+        return self._carry_locally(job) if job.copy.effect.peer == self.address else self._carry_over(job)
 
     def _spoil(self, job: Job) -> None:
         """Turn one byte over in the middle of what was read."""
@@ -255,14 +278,53 @@ class Transfer:
         return "memcpy"
 
     def _memcpy(self, job: Job, target: Bytes, source: Bytes) -> None:
-        for start in range(0, len(target), LOCAL_BATCH_BYTES):
-            job.check()
-            size = min(LOCAL_BATCH_BYTES, len(target) - start)
-            copy_bytes(int(target.ctypes.data) + start, int(source.ctypes.data) + start, size)
+        for start in range(0, len(target), BATCH_BYTES):
+            size = min(BATCH_BYTES, len(target) - start)
+            self.flow.turn(job, size)
+            try:
+                copy_bytes(int(target.ctypes.data) + start, int(source.ctypes.data) + start, size)
+            finally:
+                self.flow.done()
 
-    # ---- helpers for transports
-    def connect(self, job: Job, layout: int = -1) -> Tuple[socket.socket, Grant]:
-        """Open a window at the peer for this copy; the socket is the window."""
+    # ---- to another process
+    def _carry_over(self, job: Job) -> str:
+        endpoint = parse(job.copy.endpoint)
+        carrier = self._choose(job, endpoint)
+        try:
+            link = self._open(job, endpoint, carrier)
+            try:
+                transport = carrier.carry(job, link)
+                job.woken_by(None)
+                job.check()  # its line may have been hung up on at the last moment
+                link.line.end()
+            except BaseException:
+                job.woken_by(None)
+                link.line.close()
+                raise
+        except Exception:
+            if not job.aborted.is_set():
+                carrier.forget(endpoint.process)  # a connection that failed once is not tried again
+                self.lines.forget(endpoint.process)
+            raise
+        self.lines.give(link.line)
+        return transport
+
+    def _choose(self, job: Job, endpoint: Endpoint) -> Carrier:
+        """The first of mine that the peer has too and that reaches both locations. TransferError says what each has."""
+        effect = job.copy.effect
+        mine, theirs = kind_of(effect.location), kind_of(effect.peer_location)
+        for name, carrier in self.carriers.items():
+            card = endpoint.card(name)
+            if card is not None and carrier.reaches(card, mine, theirs):
+                return carrier
+        have = ", ".join(name for name, _ in endpoint.cards)
+        raise TransferError(
+            f"no transport between {mine} memory here ({', '.join(self.carriers)}) and {theirs} memory of "
+            f"{effect.peer} ({have})"
+        )
+
+    def _open(self, job: Job, endpoint: Endpoint, carrier: Carrier) -> Link:
+        """A window at the peer for this copy."""
         effect = job.copy.effect
         hello = Hello(
             self.token,
@@ -273,30 +335,68 @@ class Transfer:
             effect.peer_epoch,
             effect.peer_location,
             tuple((theirs, size) for _, theirs, size in job.spans),
-            layout,
+            carrier.layout(endpoint),
+            carrier.name,
         )
-        return self._dial(job.copy.endpoint, hello, job)
+        return self._ask(endpoint, carrier, hello, job)
 
-    def _dial(self, endpoint: str, hello: Hello, job: Optional[Job]) -> Tuple[socket.socket, Grant]:
-        kind, host, port, _ = split_endpoint(endpoint)
-        if kind != self.name:
-            raise TransferError(f"{hello.to} moves bytes by {kind}, this process by {self.name}")
-        sock = socket.create_connection((host, port))
+    def _ask(self, endpoint: Endpoint, carrier: Carrier, hello: Hello, job: Optional[Job]) -> Link:
+        """Over a line that is there, or else over a new one. Whoever stops the copy meanwhile hangs up on it."""
+        line = self.lines.take(endpoint.process)
+        if line is not None and line.unix and not carrier.unix:
+            line.close()
+            line = None
+        while True:
+            kept = line is not None
+            line = line or dial(endpoint, carrier.unix)
+            try:
+                if job is not None:
+                    job.woken_by(_hanger(line))
+                link = Link(line, line.open(hello, self.windows.secret))
+                if job is not None:
+                    job.woken_by(None)
+                return link
+            except BaseException as error:
+                if job is not None:
+                    job.woken_by(None)
+                line.close()
+                if isinstance(error, OSError):
+                    if job is not None:
+                        job.check()
+                    if kept:  # it was hung up on while nobody looked
+                        line = None
+                        continue
+                raise
+
+    def introduce(self, address: str, endpoint: str) -> None:
+        """Connect to a peer before the first copy needs it. One that cannot be reached is none of our business yet."""
+        where = parse(endpoint)
+        if where.process != self.process:
+            with self.lock:
+                self.greeting.append(address)
+            self.workers.run(lambda: self._greet(address, where))
+
+    def _greet(self, address: str, endpoint: Endpoint) -> None:
         try:
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            if job is not None:
-                job.stop = lambda: hang_up(sock, close=False)
-                job.check()
-            grant = open_window(sock, hello, self.windows.secret)
-            if job is not None:
-                job.stop = None
-                job.check()
-            return sock, grant
-        except BaseException as error:
-            sock.close()
-            if isinstance(error, OSError) and job is not None:
-                job.check()
+            for name, carrier in self.carriers.items():
+                if endpoint.card(name) is not None:
+                    with contextlib.suppress(Exception):
+                        self._shake_hands(address, endpoint, carrier)
+        finally:
+            with self.lock:
+                self.greeting.remove(address)
+
+    def _shake_hands(self, address: str, endpoint: Endpoint, carrier: Carrier) -> None:
+        layout = carrier.layout(endpoint)
+        hello = Hello(self.token, "greet", self.address, 0, address, 0, "", (), layout, carrier.name)
+        link = self._ask(endpoint, carrier, hello, None)
+        try:
+            carrier.introduce(endpoint, link)
+            link.line.end()
+        except BaseException:
+            link.line.close()
             raise
+        self.lines.give(link.line)
 
     # ---- ends
     def _report(self, item: Union[Ended, WindowShut]) -> None:
@@ -320,3 +420,7 @@ class Transfer:
 def _reads(job: Job, peer: str, epoch: int) -> bool:
     effect = job.copy.effect
     return effect.read and effect.peer == peer and effect.peer_epoch <= epoch
+
+
+def _hanger(line: Line) -> Callable[[], None]:
+    return lambda: hang_up(line.sock, close=False)

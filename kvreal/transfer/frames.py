@@ -74,19 +74,21 @@ def _proof(secret: bytes, what: bytes, theirs: bytes, ours: bytes, body: bytes) 
 
 
 class Answering:
-    """The target's side of one connection. Without a secret nothing is sealed."""
+    """The target's side of one connection: a question and its answer, again and again. Without a secret nothing is
+    sealed; with one each question is asked for anew, so that none can be repeated."""
 
     def __init__(self, secret: bytes, sock: socket.socket, limit: int = MAX_MESSAGE) -> None:
         self.secret: bytes = secret
         self.sock: socket.socket = sock
         self.limit: int = limit
-        self.mine: bytes = os.urandom(NONCE_BYTES) if secret else b""
+        self.mine: bytes = b""
         self.theirs: bytes = b""
 
     def read(self) -> bytes:
         """What who dials asks for. Stranger: it has not the secret."""
         if not self.secret:
             return read_message(self.sock, self.limit)
+        self.mine = os.urandom(NONCE_BYTES)
         send_message(self.sock, _encode(Challenge(self.mine)))
         sealed = _sealed(read_message(self.sock, self.limit))
         proof = _proof(self.secret, b"hello", self.mine, sealed.nonce, sealed.body)
@@ -101,19 +103,29 @@ class Answering:
         send_message(self.sock, body)
 
 
-def asked(sock: socket.socket, body: bytes, secret: bytes, who: str, timeout_s: float) -> bytes:
-    """Who dials: send ``body``, return the answer. TransferError: ``who`` has not the secret; OSError: it hung up."""
-    if not secret:
-        send_message(sock, body)
-        return read_message(sock)
-    sock.settimeout(timeout_s)
+def read_challenge(sock: socket.socket, who: str) -> bytes:
+    """The nonce of a target that has a secret. TransferError: it has none."""
     theirs = _challenge(read_message(sock)).nonce
     if len(theirs) != NONCE_BYTES:
         raise TransferError(f"{who} does not ask for a proof as this cluster's nodes do")
+    return theirs
+
+
+def ask(sock: socket.socket, body: bytes, secret: bytes, theirs: bytes) -> bytes:
+    """Send ``body``, sealed for the nonce ``theirs`` where there is a secret; returns our own nonce."""
+    if not secret:
+        send_message(sock, body)
+        return b""
     ours = os.urandom(NONCE_BYTES)
     send_message(sock, _encode(Sealed(ours, body, _proof(secret, b"hello", theirs, ours, body))))
+    return ours
+
+
+def told(sock: socket.socket, secret: bytes, theirs: bytes, ours: bytes, who: str) -> bytes:
+    """The answer. TransferError: ``who`` has not the secret; OSError: it hung up."""
+    if not secret:
+        return read_message(sock)
     sealed = _sealed(read_message(sock))
     if not hmac.compare_digest(_proof(secret, b"grant", theirs, ours, sealed.body), sealed.proof):
         raise TransferError(f"{who} has not this cluster's secret")
-    sock.settimeout(None)
     return sealed.body

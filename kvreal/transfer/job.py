@@ -59,7 +59,7 @@ class Stopped(Exception):
 
 
 class Job:
-    """A copy under way. ``stop`` is how its transport wakes a thread that waits for the network."""
+    """A copy under way. ``wake`` is how its transport wakes a thread that waits for the network."""
 
     def __init__(self, copy: Copy) -> None:
         effect = copy.effect
@@ -69,13 +69,35 @@ class Job:
         self.deadline_ns: int = self.asked_ns + copy.copy_max_ns
         self.aborted: threading.Event = threading.Event()
         self.expired: bool = False
-        self.stop: Optional[Callable[[], None]] = None
+        self.lock: threading.Lock = threading.Lock()
+        self.wake: Optional[Callable[[], None]] = None
         self.moved: int = 0
+        self.priority: int = 0
+        self.weight: float = 1.0
+        self.cap_bytes_per_s: int = 0
+        self.service: float = 0.0
+        """What it has had so far for its weight, bytes; flow.py."""
+        self.free_at_s: float = 0.0
+        """When its cap lets the next byte go, by the monotonic clock."""
         sizes = [tokens * copy.bytes_per_token for tokens in effect.lens]
         self.spans: List[Tuple[int, int, int]] = _fraction(
             list(zip(effect.slots, effect.peer_slots, sizes)), copy.fate.fraction
         )
         self.nbytes: int = sum(size for _, _, size in self.spans)
+
+    def woken_by(self, wake: Optional[Callable[[], None]]) -> None:
+        """Once this returns, an earlier one is not called any more: what it wakes may be used by others."""
+        with self.lock:
+            self.wake = wake
+        if wake is not None:
+            self.check()
+
+    def stop(self) -> None:
+        """Told to stop: its thread notices, or is woken."""
+        with self.lock:
+            self.aborted.set()
+            if self.wake is not None:
+                self.wake()
 
     def check(self) -> None:
         """Raise Stopped if the copy was told to stop."""

@@ -21,26 +21,30 @@ import select
 import socket
 import threading
 import time
-from typing import Any, Dict, Final, List, Optional, Tuple
+from collections import deque
+from typing import Any, Deque, Dict, Final, List, Optional, Tuple
 
 import numpy as np
 import numpy.typing as npt
 
 from kvreal.memory import Memory, Place, Slab
-from kvreal.transfer.base import Job, Stopped, Transfer, TransferError
+from kvreal.transfer.carrier import Carrier, Link
+from kvreal.transfer.flow import Flow
+from kvreal.transfer.frames import TransferError
+from kvreal.transfer.job import Job, Stopped
+from kvreal.transfer.line import Endpoint, parse
 from kvreal.transfer.proof import Tables
-from kvreal.transfer.window import Hello, Info, Window, split_endpoint
+from kvreal.transfer.window import END, REVOKE, Hello, Info, Window
 
-BATCH_BYTES: Final = 128 << 20
 IN_FLIGHT: Final = 8
 SHORTEST_SLEEP_S: Final = 20e-6
 LONGEST_SLEEP_S: Final = 100e-6
 """Between two looks at what needs our progress. An emulated copy moves only while somebody looks."""
 IDLE_SLEEP_S: Final = 20e-3
-REVOKE: Final = b"R"
 NUDGE: Final = b"P"
 """From who moves to who is touched: what I have posted is not done yet, and may need your progress."""
 
+Words = npt.NDArray[np.uint64]
 Descriptors = npt.NDArray[np.uint64]
 """N x 3: address, bytes, device."""
 
@@ -70,24 +74,27 @@ class Peer:
         self.scratch: int = info.scratch
 
 
-class NixlTransfer(Transfer):
+class NixlCarrier(Carrier):
     name = "nixl"
 
-    def __init__(
-        self, memory: Memory, tables: Optional[Tables] = None, at: Tuple[str, int] = ("127.0.0.1", 0)
-    ) -> None:
-        self.tables: Tables = tables or Tables()
+    def __init__(self, memory: Memory, process: str, flow: Flow) -> None:
+        super().__init__(memory, process, flow)
+        self.tables: Tables = Tables()
         self.agent_lock: threading.Lock = threading.Lock()
         self.peers: Dict[str, Peer] = {}
         self.registered: List[Tuple[Slab, Any]] = []
-        self.greeting: List[str] = []
-        super().__init__(memory, at)
         api = load_nixl()
         config = api.nixl_agent_config(enable_prog_thread=False, backends=["UCX"])
         self.agent: Any = api.nixl_agent(self.process, config)
         if "UCX" not in self.agent.backends:
             raise TransferError("nixl has no UCX backend here")
         self.memory_changed()
+
+    def ucx_prints_to(self, fd: int) -> None:
+        self.tables.fd = fd
+
+    def reaches(self, card: str, mine: str, theirs: str) -> bool:
+        return True
 
     def memory_changed(self) -> None:
         """Register the slabs that are new and drop those that are gone; a slab is registered whole, once."""
@@ -104,9 +111,9 @@ class NixlTransfer(Transfer):
                     kept.append((slab, self.agent.register_memory(region, slab.nixl_kind)))
             self.registered = kept
 
-    def info(self, known: int) -> Optional[Info]:
+    def info(self, hello: Hello) -> Optional[Info]:
         memory = self.memory
-        if known == memory.layout:
+        if hello.layout == memory.layout:
             return None
         with self.agent_lock:
             metadata = self.agent.get_agent_metadata()
@@ -115,14 +122,16 @@ class NixlTransfer(Transfer):
         )
 
     # ---- the side whose memory is touched
-    def serve(self, window: Window) -> None:
-        """Until the other side hangs up: make progress now and then; often once it says that it waits for us."""
+    def serve(self, window: Window) -> bool:
+        """Make progress now and then; often once the other side says that it waits for us."""
         sleep_s = IDLE_SLEEP_S
         poller = select.poll()
         poller.register(window.sock, select.POLLIN)
+        word = NUDGE
         while True:
             if poller.poll(0 if sleep_s < IDLE_SLEEP_S else sleep_s * 1e3):
-                if not window.sock.recv(64):
+                word = window.sock.recv(1)
+                if word != NUDGE:
                     break
                 sleep_s = SHORTEST_SLEEP_S
             with self.agent_lock:
@@ -130,7 +139,9 @@ class NixlTransfer(Transfer):
             if sleep_s < IDLE_SLEEP_S:
                 time.sleep(sleep_s)
                 sleep_s = min(sleep_s * 1.1, LONGEST_SLEEP_S)
-        self._drain()
+        if window.hello.kind != "read":
+            self._drain()
+        return word == END
 
     def _drain(self) -> None:
         """Take in what a writer that has gone had sent before (emulated writes only; CMA and RDMA leave nothing)."""
@@ -143,25 +154,22 @@ class NixlTransfer(Transfer):
             window.sock.send(REVOKE, socket.MSG_DONTWAIT)
 
     # ---- the side that moves the bytes
-    def carry(self, job: Job) -> str:
+    def layout(self, endpoint: Endpoint) -> int:
+        peer = self.peers.get(endpoint.process)
+        return peer.layout if peer is not None else -1
+
+    def carry(self, job: Job, link: Link) -> str:
         copy = job.copy
-        process = split_endpoint(copy.endpoint)[3]
+        process = link.line.process
         peer = self.peers.get(process)
-        sock, grant = self.connect(job, peer.layout if peer is not None else -1)
-        with sock:
-            if grant.info is not None:
-                peer = self._meet(process, grant.info)
-            if peer is None:
-                raise TransferError(f"{copy.effect.peer} did not say how to reach its memory")
-            mine, theirs = self._descriptors(job, peer)
-            try:
-                self._move(job, peer, sock, mine, theirs)
-            except Exception:
-                if not job.aborted.is_set():
-                    self._forget(process)  # a connection that failed once is not tried again
-                raise
-            if copy.fate.corrupt and not copy.effect.read:
-                self._spoil_theirs(job, peer, theirs)
+        if link.grant.info is not None:
+            peer = self._meet(process, link.grant.info)
+        if peer is None:
+            raise TransferError(f"{copy.effect.peer} did not say how to reach its memory")
+        mine, theirs = self._descriptors(job, peer, link.grant.at)
+        self._move(job, peer, link.line.sock, mine, theirs)
+        if copy.fate.corrupt and not copy.effect.read:
+            self._spoil_theirs(job, peer, theirs)
         operation = "read" if copy.effect.read else "write"
         return f"nixl/ucx/{self.tables.lanes(operation, int(theirs[:, 1].max()))}"
 
@@ -178,39 +186,32 @@ class NixlTransfer(Transfer):
         peer = self.peers[process] = Peer(info)
         return peer
 
-    def _forget(self, process: str) -> None:
+    def forget(self, process: str) -> None:
         with self.agent_lock:
             if self.peers.pop(process, None) is not None:
                 with contextlib.suppress(Exception):
                     self.agent.remove_remote_agent(process)
 
-    def _descriptors(self, job: Job, peer: Peer) -> Tuple[Descriptors, Descriptors]:
+    def _descriptors(self, job: Job, peer: Peer, at: Tuple[int, ...]) -> Tuple[Descriptors, Descriptors]:
         """(mine, theirs): one row a run of chunks that are neighbours on both sides, none above a batch."""
         effect = job.copy.effect
-        here = self.memory.places[effect.location]
         there = peer.places.get(effect.peer_location)
         if there is None:
             raise TransferError(f"{effect.peer} has no location {effect.peer_location}")
-        mine: List[Tuple[int, int, int]] = []
-        theirs: List[Tuple[int, int, int]] = []
-        for slot, peer_slot, size in job.spans:
-            a = here.address + slot * here.slot_bytes
-            b = there.address + peer_slot * there.slot_bytes
-            if mine:
-                a0, size0, _ = mine[-1]
-                b0 = theirs[-1][0]
-                if a0 + size0 == a and b0 + size0 == b and size0 + size <= BATCH_BYTES:
-                    mine[-1] = (a0, size0 + size, here.device)
-                    theirs[-1] = (b0, size0 + size, there.device)
-                    continue
-            mine.append((a, size, here.device))
-            theirs.append((b, size, there.device))
-        return np.array(mine, dtype=np.uint64), np.array(theirs, dtype=np.uint64)
+        spans = np.array(job.spans, dtype=np.uint64)
+        here = self.memory.places[effect.location]
+        mine = self.memory.addresses(effect.location, [slot for slot, _, _ in job.spans])
+        if at:
+            theirs = np.array(at, dtype=np.uint64)
+        else:
+            theirs = there.address + spans[:, 1] * np.uint64(there.slot_bytes)
+        rows = _runs(mine, theirs, spans[:, 2], self.flow.batch(job))
+        return _descriptors(rows[0], rows[2], here.device), _descriptors(rows[1], rows[2], there.device)
 
     def _move(self, job: Job, peer: Peer, sock: socket.socket, mine: Descriptors, theirs: Descriptors) -> None:
         """Post batch after batch, several in flight where the transport is asynchronous; wait for them all."""
         flying: List[Tuple[Any, int]] = []
-        batches = _batches(mine)
+        batches = _batches(mine, self.flow.batch(job))
         kinds = self._kinds(job, peer)
         sleep_s = SHORTEST_SLEEP_S
         poller = select.poll()
@@ -221,13 +222,18 @@ class NixlTransfer(Transfer):
             while batches or flying:
                 if poller.poll(0) and not job.aborted.is_set():
                     revoked = True  # revoked, or the peer has gone
-                stopping = revoked or job.aborted.is_set()
-                if stopping:
-                    batches = []
-                elif batches and len(flying) < IN_FLIGHT:
-                    first, last = batches.pop(0)
-                    handle, done = self._post(job, peer, kinds, mine[first:last], theirs[first:last])
-                    nbytes = int(mine[first:last, 1].sum())
+                if revoked or job.aborted.is_set():
+                    batches.clear()
+                elif batches and len(flying) < self.flow.room(job, IN_FLIGHT):
+                    first, last, nbytes = batches[0]
+                    if not self.flow.turn(job, nbytes, wait=not flying):
+                        self._poll(job, flying)
+                        continue
+                    batches.popleft()
+                    try:
+                        handle, done = self._post(job, peer, kinds, mine[first:last], theirs[first:last])
+                    finally:
+                        self.flow.done()
                     if done:
                         job.moved += nbytes
                     else:
@@ -294,7 +300,7 @@ class NixlTransfer(Transfer):
 
     def _tear_down(self, job: Job, flying: List[Tuple[Any, int]]) -> None:
         """The deadline has passed and something is still in flight: end the connection under it."""
-        self._forget(split_endpoint(job.copy.endpoint)[3])
+        self.forget(parse(job.copy.endpoint).process)
         raise Stopped
 
     def _spoil_theirs(self, job: Job, peer: Peer, theirs: Descriptors) -> None:
@@ -314,55 +320,30 @@ class NixlTransfer(Transfer):
             time.sleep(SHORTEST_SLEEP_S)
 
     # ---- first contact
-    def introduce(self, address: str, endpoint: str) -> None:
+    def introduce(self, endpoint: Endpoint, link: Link) -> None:
         """Load a peer's metadata and read one word of its scratch page: the first copy then finds its connection made
-        (3 to 26 ms). A peer that cannot be reached is none of our business yet."""
-        kind, _, _, process = split_endpoint(endpoint)
-        if kind == self.name and process != self.process:
-            with self.lock:
-                self.greeting.append(address)
-            threading.Thread(target=self._greet, args=(address, endpoint, process), name="greet", daemon=True).start()
-
-    def pending(self) -> List[str]:
-        with self.lock:
-            greeting = [f"connecting to {address}" for address in self.greeting]
-        return super().pending() + greeting
-
-    def _greet(self, address: str, endpoint: str, process: str) -> None:
-        try:
-            self._shake_hands(address, endpoint, process)
-        finally:
-            with self.lock:
-                self.greeting.remove(address)
-
-    def _shake_hands(self, address: str, endpoint: str, process: str) -> None:
-        with contextlib.suppress(Exception):
-            peer = self.peers.get(process)
-            hello = Hello(self.token, "greet", self.address, 0, address, 0, "", (), peer.layout if peer else -1)
-            sock, grant = self._dial(endpoint, hello, None)
-            with sock:
-                if grant.info is None:
-                    return  # met before
-                peer = self._meet(process, grant.info)
-                there = np.array([(peer.scratch + 64, 8, 0)], dtype=np.uint64)
-                here = np.array([(self.memory.scratch() + 128, 8, 0)], dtype=np.uint64)
-                with self.agent_lock:
-                    agent = self.agent
-                    handle = agent.initialize_xfer(
-                        "READ", agent.get_xfer_descs(here, "DRAM"), agent.get_xfer_descs(there, "DRAM"), peer.agent
-                    )
-                    state = agent.transfer(handle)
-                _nudge(sock)
-                until = time.monotonic() + 5.0
-                while state == "PROC" and time.monotonic() < until:
-                    time.sleep(SHORTEST_SLEEP_S * 10)
-                    with self.agent_lock:
-                        state = agent.check_xfer_state(handle)
-                with self.agent_lock:
-                    agent.release_xfer_handle(handle)
+        (3 to 26 ms)."""
+        if link.grant.info is None:
+            return  # met before
+        peer = self._meet(endpoint.process, link.grant.info)
+        there = np.array([(peer.scratch + 64, 8, 0)], dtype=np.uint64)
+        here = np.array([(self.memory.scratch() + 128, 8, 0)], dtype=np.uint64)
+        with self.agent_lock:
+            agent = self.agent
+            handle = agent.initialize_xfer(
+                "READ", agent.get_xfer_descs(here, "DRAM"), agent.get_xfer_descs(there, "DRAM"), peer.agent
+            )
+            state = agent.transfer(handle)
+        _nudge(link.line.sock)
+        until = time.monotonic() + 5.0
+        while state == "PROC" and time.monotonic() < until:
+            time.sleep(SHORTEST_SLEEP_S * 10)
+            with self.agent_lock:
+                state = agent.check_xfer_state(handle)
+        with self.agent_lock:
+            agent.release_xfer_handle(handle)
 
     def stop(self) -> None:
-        super().stop()
         with self.agent_lock:
             for _, descriptors in self.registered:
                 with contextlib.suppress(Exception):
@@ -376,17 +357,30 @@ def _nudge(sock: socket.socket) -> bool:
     return True
 
 
-def _batches(rows: Descriptors) -> List[Tuple[int, int]]:
-    """[first, last) ranges of rows, each of at most BATCH_BYTES or of one row."""
-    found: List[Tuple[int, int]] = []
+def _runs(mine: Words, theirs: Words, sizes: Words, limit: int) -> Tuple[Words, Words, Words]:
+    """Neighbours on both sides merged, then cut so that no run is above ``limit`` bytes."""
+    ends = np.flatnonzero((mine[:-1] + sizes[:-1] != mine[1:]) | (theirs[:-1] + sizes[:-1] != theirs[1:])) + 1
+    firsts = np.concatenate(([0], ends)).astype(np.intp)
+    mine, theirs, sizes = mine[firsts], theirs[firsts], np.add.reduceat(sizes, firsts)
+    if not len(sizes) or int(sizes.max()) <= limit:
+        return mine, theirs, sizes
+    pieces = -(-sizes.astype(np.int64) // limit)
+    run = np.repeat(np.arange(len(sizes)), pieces)
+    offset = (np.arange(len(run)) - np.repeat(np.cumsum(pieces) - pieces, pieces)).astype(np.uint64) * np.uint64(limit)
+    return mine[run] + offset, theirs[run] + offset, np.minimum(sizes[run] - offset, np.uint64(limit))
+
+
+def _descriptors(addresses: Words, sizes: Words, device: int) -> Descriptors:
+    return np.column_stack((addresses, sizes, np.full(len(sizes), device, dtype=np.uint64)))
+
+
+def _batches(rows: Descriptors, limit: int) -> Deque[Tuple[int, int, int]]:
+    """(first row, last + 1, bytes) of runs of rows, each of at most ``limit`` bytes or of one row."""
+    found: Deque[Tuple[int, int, int]] = deque()
+    total = np.concatenate(([0], np.cumsum(rows[:, 1].astype(np.int64))))
     first = 0
-    size = 0
-    for i in range(len(rows)):
-        row = int(rows[i, 1])
-        if i > first and size + row > BATCH_BYTES:
-            found.append((first, i))
-            first, size = i, 0
-        size += row
-    if len(rows):
-        found.append((first, len(rows)))
+    while first < len(rows):
+        last = max(first + 1, int(np.searchsorted(total, total[first] + limit, side="right")) - 1)
+        found.append((first, last, int(total[last] - total[first])))
+        first = last
     return found

@@ -1,10 +1,12 @@
-"""Windows: who is reading or writing this process's memory just now, and how they are told to stop.
+"""The window: how a process knows who may touch its memory, and when nobody does any more.
 
-Every copy opens one TCP connection to the process whose memory it touches and says who it is and which life of that
-process it means; the copy may begin when that is granted, and the window is open for as long as the connection is. One-
-sided transports (NIXL) cannot be refused by their target otherwise: memory stays writable even after it was
-deregistered. The kernel closes a dead process's connections only after its last thread has gone, so the end of a
-connection is proof that its writer has stopped. Messages are plain integers and strings; nothing is unpickled.
+Whoever moves bytes asks for a window on a connection to the process whose memory it touches: it says who it is and
+which life of that process it means; the copy may begin when that is granted. The window is open until its owner says
+END, which it does once nothing of it is in flight, or until the connection ends. One-sided transports (NIXL) cannot be
+refused by their target otherwise: memory stays writable even after it was deregistered. The kernel closes a dead
+process's connections only after its last thread has gone, so the end of a connection is proof that its writer has
+stopped. Windows follow one another on a connection, so that the next copy need not make one. Messages are plain
+integers and strings; nothing is unpickled.
 
 Where there are keys (``kvmove keys``) both sides prove first that they have the cluster's secret (frames.py): memory is
 granted to this cluster's nodes only, and a peer's metadata, which NIXL's own Python unpickles, comes from such a node
@@ -18,15 +20,21 @@ import hmac
 import os
 import socket
 import threading
-from typing import Callable, Dict, List, Optional, Tuple
+from typing import Callable, Dict, Final, List, Optional, Tuple
 
 import msgspec
 
 from kvreal.memory import Place
-from kvreal.transfer.frames import Answering, Stranger, TransferError, asked, read_exactly
+from kvreal.transfer.frames import Answering, Stranger, TransferError
 
-__all__ = ["Grant", "Hello", "Info", "TransferError", "Window", "WindowServer", "read_exactly"]
-
+END: Final = b"E"
+"""From who moves the bytes: nothing of this window is in flight any more."""
+OVER: Final = b"K"
+"""From who is touched: nothing of it can land any more; the next Hello may come."""
+WRONG: Final = b"X"
+"""Instead of OVER: what was written is not what its checksums say."""
+REVOKE: Final = b"R"
+"""From who is touched: stop."""
 HELLO_TIMEOUT_S: float = 10.0
 MAX_HELLO: int = 4 << 20
 MAX_STRANGERS: int = 128
@@ -38,7 +46,8 @@ class AddressTaken(TransferError):
 
 
 class Hello(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """``kind``: read, write or greet (a first contact that moves nothing). ``spans``: (slot, bytes) of my memory."""
+    """``kind``: read, write or greet (a first contact that moves nothing). ``spans``: (slot, bytes) of the target's
+    memory. ``by``: the transport that carries them. ``layout``: what the asker knows of where that memory lies."""
 
     token: str
     kind: str
@@ -49,6 +58,7 @@ class Hello(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     location: str = ""
     spans: Tuple[Tuple[int, int], ...] = ()
     layout: int = -1
+    by: str = ""
 
 
 class Info(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -67,11 +77,12 @@ class Grant(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     ok: bool
     why: str = ""
     info: Optional[Info] = None
+    at: Tuple[int, ...] = ()
+    """Addresses of the spans, where their location has no order that could be computed with."""
 
 
 _encode = msgspec.msgpack.Encoder().encode
 _hello = msgspec.msgpack.Decoder(Hello).decode
-_grant = msgspec.msgpack.Decoder(Grant).decode
 
 
 class Window:
@@ -83,30 +94,42 @@ class Window:
         self.granted: bool = False
         self.revoked: bool = False
 
+    def ended(self) -> bool:
+        """Wait for its end: True if its owner has said so, False if the connection is gone."""
+        while word := self.sock.recv(1):
+            if word == END:
+                return True
+        return False
 
-Serve = Callable[[Window], None]
+
+Prepare = Callable[[Window], Tuple[int, ...]]
+Serve = Callable[[Window], bytes]
+Revoke = Callable[[Window], None]
 
 
 class WindowServer:
-    """Accepts windows, one thread each. ``prepare`` runs before one is granted, ``serve`` while it is open, ``ended``
-    after each end."""
+    """Accepts connections, one thread each. ``prepare`` runs before a window is granted (what it raises refuses it) and
+    gives addresses; ``serve`` while it is open: the word that answers its END, b"" if the connection is no good any
+    more. ``ended`` is called after each end."""
 
     def __init__(
         self,
-        prepare: Serve,
+        prepare: Prepare,
         serve: Serve,
-        revoke: Serve,
-        info: Callable[[int], Optional[Info]],
+        revoke: Revoke,
+        info: Callable[[Hello], Optional[Info]],
         ended: Callable[[], None],
         at: Tuple[str, int] = ("127.0.0.1", 0),
+        unix: str = "",
     ) -> None:
-        self.prepare: Serve = prepare
+        self.prepare: Prepare = prepare
         self.serve: Serve = serve
-        self.revoke: Serve = revoke
-        self.info: Callable[[int], Optional[Info]] = info
+        self.revoke: Revoke = revoke
+        self.info: Callable[[Hello], Optional[Info]] = info
         self.ended: Callable[[], None] = ended
         self.lock: threading.Lock = threading.Lock()
         self.windows: List[Window] = []
+        self.socks: List[socket.socket] = []
         self.closed: Dict[str, int] = {}
         self.token: str = ""
         #: what whoever opens a window must have; b"": nothing but the token
@@ -122,13 +145,19 @@ class WindowServer:
             why = os.strerror(error.errno or 0)
             raise AddressTaken(f"cannot listen for copies at {at[0]}:{at[1]}: {why}") from error
         self.port: int = self.listener.getsockname()[1]
-        self.thread: threading.Thread = threading.Thread(target=self._accept, name="windows", daemon=True)
-        self.thread.start()
+        self.listeners: List[socket.socket] = [self.listener]
+        if unix:
+            beside = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            beside.bind(unix)
+            beside.listen(128)
+            self.listeners.append(beside)
+        for listener in self.listeners:
+            threading.Thread(target=self._accept, args=(listener,), name="windows", daemon=True).start()
 
-    def _accept(self) -> None:
+    def _accept(self, listener: socket.socket) -> None:
         while True:
             try:
-                sock, _ = self.listener.accept()
+                sock, _ = listener.accept()
             except OSError:
                 return
             with self.lock:
@@ -137,47 +166,77 @@ class WindowServer:
                     sock.close()
                     continue
                 self.strangers += 1
+                self.socks.append(sock)
             threading.Thread(target=self._handle, args=(sock,), name="window", daemon=True).start()
 
     def _handle(self, sock: socket.socket) -> None:
-        with sock:
-            try:
-                dialled = Answering(self.secret, sock, MAX_HELLO)
-                window = self._introduced(dialled)
-            finally:
-                with self.lock:
-                    self.strangers -= 1
-            if window is None:
-                return
-            try:
-                self._granted(dialled, window)
-            except (OSError, TransferError):
-                pass  # the other side sees the end of the connection
-            finally:
-                with self.lock:
-                    self.windows.remove(window)
-        self.ended()  # however it ended: whoever closes the window waits for this
-
-    def _granted(self, dialled: Answering, window: Window) -> None:
+        """One connection: window after window, until something is wrong with it."""
+        strange = True
         try:
-            self.prepare(window)
+            with sock:
+                dialled = Answering(self.secret, sock, MAX_HELLO)
+                if sock.family != socket.AF_UNIX:
+                    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                sock.settimeout(HELLO_TIMEOUT_S)
+                while (window := self._introduced(dialled, strange)) is not None:
+                    if strange:
+                        self._known()
+                        strange = False
+                    if not self._one(dialled, window):
+                        return
+        finally:
+            if strange:
+                self._known()
+            with self.lock:
+                self.socks.remove(sock)
+
+    def _known(self) -> None:
+        with self.lock:
+            self.strangers -= 1
+
+    def _one(self, dialled: Answering, window: Window) -> bool:
+        """Carry one window through. True if another may follow on its connection."""
+        word = b""
+        try:
+            word = self._granted(dialled, window)
+        except (OSError, TransferError):
+            pass  # the other side sees the end of the connection
+        finally:
+            with self.lock:
+                self.windows.remove(window)
+            self.ended()  # however it ended: whoever closes the window waits for this
+        if word:
+            with contextlib.suppress(OSError):
+                window.sock.sendall(word)
+        return bool(word)
+
+    def _granted(self, dialled: Answering, window: Window) -> bytes:
+        try:
+            at = self.prepare(window)
+            info = self.info(window.hello)
         except Exception as error:
             self.refused += 1
             dialled.send(_encode(Grant(False, str(error))))
-            return
-        dialled.send(_encode(Grant(True, "", self.info(window.hello.layout))))
+            return b""
+        dialled.send(_encode(Grant(True, "", info, at)))
         with self.lock:
             window.granted = True
             if window.revoked:  # meanwhile: the word must not come before the grant, or into the middle of it
                 self.revoke(window)
-        self.serve(window)
+        return self.serve(window)
 
-    def _introduced(self, dialled: Answering) -> Optional[Window]:
-        """The window that is asked for, open; None: refused, whatever was said."""
+    def _introduced(self, dialled: Answering, strange: bool) -> Optional[Window]:
+        """The window that is asked for, open; None: refused, whatever was said, or the other side has had enough."""
         sock = dialled.sock
+        why = ""
         try:
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            sock.settimeout(HELLO_TIMEOUT_S)
+            if not strange and not self.secret:
+                sock.settimeout(None)
+                if not sock.recv(1, socket.MSG_PEEK):
+                    return None
+                sock.settimeout(HELLO_TIMEOUT_S)
+            elif not strange:
+                sock.settimeout(None)  # it may take its time to answer a challenge
             window = Window(_hello(dialled.read()), sock)
             sock.settimeout(None)
             if dialled.secret != self.secret:
@@ -186,8 +245,9 @@ class WindowServer:
             if not why:
                 return window
             dialled.send(_encode(Grant(False, why)))
-        except (OSError, ValueError, msgspec.MsgspecError):
-            pass
+        except (OSError, ValueError, msgspec.MsgspecError) as error:
+            if not strange and isinstance(error, OSError):
+                return None
         self.refused += 1
         return None
 
@@ -240,11 +300,12 @@ class WindowServer:
             return sum(_writes(window, peer, epoch) for window in self.windows)
 
     def stop(self) -> None:
-        hang_up(self.listener)
+        for listener in self.listeners:
+            hang_up(listener)
         with self.lock:
-            windows = list(self.windows)
-        for window in windows:
-            hang_up(window.sock, close=False)
+            socks = list(self.socks)
+        for sock in socks:
+            hang_up(sock, close=False)
 
 
 def _writes(window: Window, peer: str, epoch: int) -> bool:
@@ -258,22 +319,3 @@ def hang_up(sock: socket.socket, close: bool = True) -> None:
         sock.shutdown(socket.SHUT_RDWR)
     if close:
         sock.close()
-
-
-def split_endpoint(endpoint: str) -> Tuple[str, str, int, str]:
-    """(transport, host, port, process) of an endpoint string; TransferError for anything else."""
-    parts = endpoint.split("|")
-    if len(parts) != 4 or not parts[2].isdigit():
-        raise TransferError(f"no endpoint: {endpoint!r}")
-    return parts[0], parts[1], int(parts[2]), parts[3]
-
-
-def open_window(sock: socket.socket, hello: Hello, secret: bytes = b"") -> Grant:
-    """Ask for a window on a connected socket. TransferError if it is refused, OSError if the peer hangs up."""
-    try:
-        grant = _grant(asked(sock, _encode(hello), secret, hello.to, HELLO_TIMEOUT_S))
-    except msgspec.MsgspecError as error:
-        raise TransferError(f"no grant from {hello.to}: {error}") from error
-    if not grant.ok:
-        raise TransferError(f"refused by {hello.to}: {grant.why}")
-    return grant

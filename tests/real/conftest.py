@@ -27,10 +27,16 @@ def tcp_pool() -> Iterator[Pool]:
         yield found
 
 
-@pytest.fixture(params=["nixl", "tcp"])
+@pytest.fixture(scope="session")
+def socket_pool() -> Iterator[Pool]:
+    with Pool("socket") as found:
+        yield found
+
+
+@pytest.fixture(params=["nixl", "socket", "tcp"])
 def transport(request: pytest.FixtureRequest) -> str:
     """Each transport; one that is not installed is skipped by name."""
     name: str = request.param
-    if name not in available():
+    if name not in ("tcp", *available()):
         pytest.skip(f"transport {name} is not installed here")
     return name

@@ -88,12 +88,11 @@ def main(transport: str) -> None:
     from kvreal.engines import synthetic
     from kvreal.memory import Memory
     from kvreal.transfer import make
-    from kvreal.transfer.base import Copy, Fate
+    from kvreal.transfer.job import Copy, Fate
 
     memory = Memory()
     mover = make(transport, memory)
-    if hasattr(mover, "tables"):
-        mover.tables.fd = sink
+    mover.ucx_prints_to(sink)
     bpt = 1024
 
     def take(wait_s: float) -> Any:
@@ -152,8 +151,8 @@ def main(transport: str) -> None:
             return os.pread(sink, 1 << 20, 0).decode()
         if do == "quit":
             mover.stop()
-            if hasattr(mover, "agent"):
-                del mover.agent
+            if "nixl" in mover.carriers:
+                del mover.carriers["nixl"].agent
             return os.pread(sink, 1 << 20, 0).decode()
         raise ValueError(do)
 

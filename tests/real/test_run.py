@@ -23,13 +23,15 @@ def states(result: Result) -> dict[str, str]:
 
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("direction", ["read", "push"])
-def test_a_move_by_each_transport(transport: str, direction: str, ranks: int, pool: Pool, tcp_pool: Pool) -> None:
-    used = tcp_pool if transport == "tcp" else pool
+def test_a_move_by_each_transport(
+    transport: str, direction: str, ranks: int, pool: Pool, tcp_pool: Pool, socket_pool: Pool
+) -> None:
+    used = {"tcp": tcp_pool, "socket": socket_pool}.get(transport, pool)
     result = run(scenario(direction=direction, ranks=ranks), pool=used)
     assert result.clean and result.world == "real"
     assert states(result)["m"] == "done"
     assert result.placement == {"b/LocalCPUBackend": {"p": 200}}
-    assert result.transport is not None and result.transport.startswith(transport)
+    assert result.transport is not None and result.transport.startswith({"socket": "unix"}.get(transport, transport))
     assert result.metrics["bytes_checked"] == 200 * 1024
     assert result.metrics["chunks_checked"] == 13 * ranks
     assert int(result.metrics["bytes_overwritten"]) >= 200 * 1024
@@ -147,7 +149,7 @@ def test_too_much_memory_is_one_line(pool: Pool) -> None:
 
 
 def test_an_unknown_transport_is_named() -> None:
-    with pytest.raises(TransferError, match="unknown transport 'rdma', expected one of auto, nixl, tcp"):
+    with pytest.raises(TransferError, match="unknown transport 'rdma', expected one of auto, nixl, socket, tcp"):
         run(scenario(), transport="rdma")
 
 
@@ -155,7 +157,7 @@ def test_nixl_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     import importlib.util
 
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert available() == ["tcp"]
+    assert available() == ["socket"]
     with pytest.raises(TransferError, match="nixl is not installed"):
         run(scenario(), transport="nixl")
 

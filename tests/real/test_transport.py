@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
-import time
 from typing import Any, Callable, Dict, Iterator, List, Tuple
 
 import pytest
 
+from kvreal.transfer.line import dial, parse
 from kvreal.transfer.proof import Tables
-from tests.real.peers import LOCATION, Peer
+from kvreal.transfer.window import REVOKE, Hello
+from tests.real.peers import LOCATION, TOKEN, Peer
 
 pytestmark = pytest.mark.real
 
@@ -126,7 +127,9 @@ def test_the_transport_named_is_the_one_that_carried(pair: Pair, read: bool, tra
     through_tcp = mover.ask("tcp_bytes") - before
     assert ended["state"] == "done"
     if transport == "tcp":
-        assert ended["transport"] == "tcp"  # its sockets are closed by now, and count no more
+        assert ended["transport"] == "tcp" and through_tcp >= ended["nbytes"]
+    elif transport == "socket":
+        assert ended["transport"] == "unix" and through_tcp == 0
     elif "tcp" in ended["transport"]:
         assert through_tcp >= ended["nbytes"]
     else:
@@ -141,7 +144,7 @@ def test_abort_of_a_stuck_copy_ends_as_stopped(pair: Pair, read: bool) -> None:
     assert any(f"copy {rid[1]} " in line for line in mover.ask("pending"))
     mover.ask("abort", rid=rid)
     (ended,) = mover.ended()
-    assert ended["state"] == "stopped" and ended["rid"] == list(rid)
+    assert ended["state"] == "stopped" and ended["rid"] == list(rid), ended
 
 
 @both
@@ -204,16 +207,18 @@ def test_another_epoch_is_refused_and_nothing_lands(pair: Pair, read: bool) -> N
 
 
 def test_a_window_closes_when_its_writer_has_stopped_and_stays_closed(pair: Pair) -> None:
-    rid = pair.copy(False, [(0, 0)], fate={"slow": 1e9})  # all is written, but its end is far away
-    until = time.monotonic() + 10
-    while not any("window of a/0" in line for line in pair.b.ask("pending")):
-        if pair.a.ask("take", wait_s=0.0) or time.monotonic() > until:
-            break
+    where = parse(pair.ends["b"])
+    writer = dial(where, unix=False)  # by hand, so that it stays open
+    hello = Hello(TOKEN, "write", "a/0", 1, "b/0", 2, LOCATION, ((0, SLOT),), by=where.cards[0][0])
+    writer.open(hello, b"")
+    assert any("window of a/0" in line for line in pair.b.ask("pending"))
     pair.b.ask("close", peer="a/0", epoch=1)
+    if writer.sock.recv(1) == REVOKE:  # one-sided: only its owner can end it
+        assert pair.b.ask("take", wait_s=0.0) == []
+        writer.end()
     (shut,) = pair.b.ended()
     assert shut == {"what": "WindowShut", "peer": "a/0", "epoch": 1}
-    pair.a.ask("abort", rid=rid)
-    pair.a.ended()
+    writer.close()
     pair.copy(False, [(1, 1)])
     (ended,) = pair.a.ended()
     assert ended["state"] == "failed" and "closed" in ended["why"]
@@ -293,7 +298,8 @@ def test_a_peers_new_layout_is_noticed(pair: Pair, read: bool) -> None:
 
 
 def test_a_foreign_or_broken_endpoint_fails_the_copy_only(pair: Pair) -> None:
-    for endpoint in ("", "nonsense", "smoke|127.0.0.1|1|x", "nixl|127.0.0.1|1|x"):
+    unknown = "kvmove|127.0.0.1|1|x"
+    for endpoint in ("", "nonsense", "smoke|127.0.0.1|1|x|nixl", f"{unknown}|", f"{unknown}|nixl,socket"):
         pair.copy(True, [(0, 0)], endpoint=endpoint)
         (ended,) = pair.b.ended()
         assert ended["state"] == "failed" and ended["why"]

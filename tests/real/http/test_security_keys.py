@@ -30,10 +30,12 @@ from kvreal.engines.thread import EngineThread
 from kvreal.keys import Keys, KeysError, load
 from kvreal.memory import Memory
 from kvreal.service import Service, WorkerParts
-from kvreal.transfer.base import Copy, Ended, Fate
+from kvreal.transfer import TransferError
+from kvreal.transfer import make as make_transfer
 from kvreal.transfer.frames import Challenge, Sealed, read_message, send_message
-from kvreal.transfer.tcp import TcpTransfer
-from kvreal.transfer.window import Grant, Hello, Info, TransferError, open_window
+from kvreal.transfer.job import Copy, Ended, Fate
+from kvreal.transfer.line import Line
+from kvreal.transfer.window import Grant, Hello, Info
 from tests.real.http.cluster import QUICK, ROOT, Cluster, Controller, Workers, eventually
 from tests.real.http.processes import commands, free_ports
 
@@ -247,7 +249,7 @@ class Side:
     def __init__(self, address: str, secret: bytes) -> None:
         self.memory = Memory()
         self.memory.lay_out([("A", 4)], 4096)
-        self.transfer = TcpTransfer(self.memory)
+        self.transfer = make_transfer("socket", self.memory)
         self.transfer.windows.secret = secret
         self.transfer.begin("kvmove", address)
         self.transfer.set_epoch(1)
@@ -306,7 +308,7 @@ def test_a_recorded_hello_opens_nothing(sides: Callable[[str, bytes], Side]) -> 
     """Replayed byte for byte on a new connection: the nonce is another, so the proof is wrong."""
     a = sides("a", b"s" * 32)
     port = a.transfer.windows.port
-    hello = Hello("kvmove", "read", "b", 1, "a", 1, "A", ((0, 4096),))
+    hello = Hello("kvmove", "read", "b", 1, "a", 1, "A", ((0, 4096),), by="socket")
     tapped: list[bytes] = []
 
     class Tap(socket.socket):
@@ -316,7 +318,7 @@ def test_a_recorded_hello_opens_nothing(sides: Callable[[str, bytes], Side]) -> 
 
     with Tap() as sock:
         sock.connect(("127.0.0.1", port))
-        assert open_window(sock, hello, b"s" * 32).ok
+        assert Line(sock, "a").open(hello, b"s" * 32).ok
     with socket.create_connection(("127.0.0.1", port)) as sock:
         read_message(sock)
         sock.sendall(tapped[0])
@@ -349,7 +351,7 @@ def test_metadata_of_who_has_not_the_secret_is_never_looked_at() -> None:
             for answer in answers:
                 send_message(theirs, answer)
             with pytest.raises(TransferError):
-                open_window(ours, hello, b"s" * 32)
+                Line(ours, "a").open(hello, b"s" * 32)
     assert not Bomb.went_off
 
 
@@ -375,7 +377,7 @@ def test_garbage_at_a_window_is_refused_and_does_no_harm(sides: Callable[[str, b
 
 def test_who_came_before_there_was_a_secret_is_refused_after(sides: Callable[[str, bytes], Side]) -> None:
     a = sides("a", b"")
-    hello = msgspec.msgpack.encode(Hello("kvmove", "read", "b", 1, "a", 1, "A", ((0, 4096),)))
+    hello = msgspec.msgpack.encode(Hello("kvmove", "read", "b", 1, "a", 1, "A", ((0, 4096),), by="socket"))
     with socket.create_connection(("127.0.0.1", a.transfer.windows.port)) as sock:
         eventually(lambda: a.transfer.windows.strangers == 1)
         a.transfer.windows.secret = b"s" * 32
@@ -412,7 +414,7 @@ class KeyedWorkers(Workers):
         network = Endpoints("127.0.0.1:0", curve=self.keys)
         memory = Memory()
         memory.lay_out([("LocalCPUBackend", slots)], space.chunk_tokens * space.bytes_per_token, slots)
-        transfer = TcpTransfer(memory)
+        transfer = make_transfer("socket", memory)
         transfer.windows.secret = self.keys.window_secret()
         transfer.begin("kvmove", network.address)
         places_ = (Location("LocalCPUBackend", slots),)
