@@ -20,6 +20,8 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from kvcore.scenario.topology import kind_of
+
 Bytes = npt.NDArray[np.uint8]
 Words = npt.NDArray[np.uint64]
 
@@ -121,14 +123,6 @@ def _pin(address: int, nbytes: int) -> bool:
     if torch is None or not torch.cuda.is_available():
         return False
     return int(torch.cuda.cudart().cudaHostRegister(address, nbytes, 0)) == 0
-
-
-def kind_of(location: str) -> str:
-    """What a location's name says of its memory: cpu, disk or gpu."""
-    name = location.lower()
-    if "gpu" in name or "hbm" in name:
-        return "gpu"
-    return "disk" if "disk" in name or "file" in name else "cpu"
 
 
 def provides() -> Tuple[str, ...]:

@@ -8,7 +8,7 @@ from kvcore.protocol.machine import Effect, Input, Machine, Note, Send
 from kvcore.scenario.build import AnySpec, Built, make_machine
 from kvcore.scenario.faults import FaultPlan
 from kvcore.scenario.history import NoHistory
-from kvsim.costs import Profile
+from kvsim.costs import AUTO, Copying, Profile
 from kvsim.engine import Engine
 from kvsim.fabric import Fabric
 from kvsim.loop import Loop
@@ -28,6 +28,7 @@ class Cluster:
         plan: FaultPlan,
         history: NoHistory,
         make: Callable[[AnySpec], Machine] = make_machine,
+        transport: str = AUTO,
     ) -> None:
         self.make: Callable[[AnySpec], Machine] = make
         self.loop: Loop = Loop()
@@ -38,8 +39,10 @@ class Cluster:
         self.history: NoHistory = history
         self.observe: Optional[Observer] = None
         self.watched: bool = history.on
-        #: somebody watches, or the plan must be asked: not the shortest way
-        self.attended: bool = history.on or plan.active
+        #: messages cost more than their number
+        self.detailed: bool = profile.detailed
+        #: somebody watches, the plan must be asked, or costs are detailed: not the shortest way
+        self.attended: bool = history.on or plan.active or profile.detailed
         self.queued: Optional[Callable[[Tuple[int, int], int], None]] = None
         self.on_died: Callable[[str], None] = _ignore
         #: bytes were written: (node, location, slots)
@@ -48,6 +51,8 @@ class Cluster:
         self.on_action: Callable[[Any], None] = _ignore
         self.fabric: Fabric = Fabric(self.loop)
         self.network: Network = Network(built, profile, self.fabric)
+        #: what copies cost, where the profile knows more than plain numbers
+        self.copying: Optional[Copying] = Copying(profile, transport, self.fabric) if profile.copies else None
         self.transfers: Transfers = Transfers(self)
         self.engine: Engine = Engine(self)
         self.copy_max_ns: int = built.config.copy_max_ns

@@ -33,6 +33,7 @@ from kvcore.protocol.worker import Worker
 from kvcore.scenario.build import AnySpec
 from kvcore.scenario.client import ClientSpec
 from kvcore.scenario.faults import FINE, Verdict
+from kvsim.costs import chunks_ns
 from kvsim.journal import Journal as JournalFile
 from kvsim.loop import NEVER_NS, Loop
 from kvsim.memory import Memory
@@ -190,8 +191,13 @@ class Node:
         if cluster.attended:
             if cluster.watched:
                 cluster.watch(now, self, item, effects)
+            if cluster.detailed:
+                leave = self.gate_ns = leave + chunks_ns(cluster.profile, item, effects)
             if cluster.plan_active:
                 self._carry_asking(now, effects, leave)
+                effects = []
+            elif cluster.detailed:
+                self._carry_detailed(effects, leave)
                 effects = []
         for effect in effects:
             kind = type(effect)
@@ -296,6 +302,28 @@ class Node:
         else:
             raise TypeError(f"{self.name}: an effect that no driver knows: {effect!r}")
 
+    # ---- the same, where nodes that are told at once wake one after the other ---------------------------------------
+    def _carry_detailed(self, effects: List[Effect], leave: int) -> None:
+        told: Dict[str, int] = {}
+        for effect in effects:
+            if isinstance(effect, Send):
+                peer = self.peers.get(effect.dst)
+                if peer is not None:
+                    left = self._woken(told, effect.dst, leave)
+                    arrives_ns = left + self.cluster.network.message_ns(self.site, peer.site)
+                    self.loop.at(arrives_ns, peer.on_arrival, Received(self.name, effect.msg))
+            elif type(effect) is not Note or self.is_client:
+                leave = self._carry(effect, leave)
+
+    def _woken(self, told: Dict[str, int], dst: str, leave: int) -> int:
+        """When what goes to ``dst`` leaves. The node stays busy as long: nothing later overtakes it."""
+        late_ns = told.get(dst, -1)
+        if late_ns < 0:
+            late_ns = told[dst] = len(told) * self.cluster.profile.wake_ns
+        if self.gate_ns < leave + late_ns:
+            self.gate_ns = leave + late_ns
+        return leave + late_ns
+
     # ---- the same, with faults --------------------------------------------------------------------------------------
     def arrive_asking(self, item: Input, verdict: Any) -> None:
         """``verdict``: not None if the plan has been asked about this input already."""
@@ -317,6 +345,7 @@ class Node:
         cluster = self.cluster
         plan = cluster.plan
         turn = self.turn
+        told: Dict[str, int] = {}
         for effect in effects:
             verdict = plan.effect(now, self.name, effect) if cluster.asks_about(effect) else FINE
             if verdict is FINE and type(effect) is not Send:
@@ -325,11 +354,12 @@ class Node:
             if verdict is FINE and not plan.blocks and not self.held:
                 peer = self.peers.get(effect.dst)  # type: ignore[union-attr]
                 if peer is not None:
-                    arrives_ns = leave + cluster.network.message_ns(self.site, peer.site)
+                    left = self._woken(told, peer.name, leave) if cluster.detailed else leave
+                    arrives_ns = left + cluster.network.message_ns(self.site, peer.site)
                     self.loop.at(arrives_ns, peer.on_arrival, Received(self.name, effect.msg))  # type: ignore[union-attr]
                 continue
             if isinstance(effect, Send):
-                self._send_asking(effect, verdict, leave)
+                self._send_asking(effect, verdict, self._woken(told, effect.dst, leave) if cluster.detailed else leave)
             elif verdict.drop:
                 pass
             elif verdict.delay_ns:

@@ -26,7 +26,7 @@ from kvcore.scenario.faults import (
 from kvcore.scenario.history import VERSION, FileHistory, Header, NoHistory
 from kvcore.scenario.result import Operation, PhaseTracker, Result
 from kvsim.cluster import Cluster
-from kvsim.costs import Profile, load_profile
+from kvsim.costs import AUTO, Profile, load_profile
 from kvsim.memory import TORN
 from kvsim.node import Node
 
@@ -43,16 +43,18 @@ def run(
     check: bool = True,
     max_events: Optional[int] = None,
     rates: bool = False,
+    transport: str = AUTO,
 ) -> Result:
     """Play ``built``. ``history``: where to write it (or give a ``sink`` of your own). ``profile``: what things cost;
     default: what the scenario names, else Profile(). ``check``: check the protocol's properties after every input.
-    ``rates``: tell what crossed each link when (``Result.rates``).
+    ``rates``: tell what crossed each link when (``Result.rates``). ``transport``: whose measured costs copies have;
+    one that the profile does not know has its plain ones.
     Raises EventLimit after ``max_events`` events, HistoryError for a full disk, ProfileError for a wrong profile."""
     lines = sink if sink is not None else NoHistory()
     if history is not None:
         lines = FileHistory(history, header(built))
     try:
-        simulation = Simulation(built, profile or _profile_of(built), lines, check)
+        simulation = Simulation(built, profile or profile_of(built), lines, check, transport)
         simulation.cluster.fabric.watched = rates
         with CollectorTamed():
             simulation.play(max_events)
@@ -63,7 +65,8 @@ def run(
     return result
 
 
-def _profile_of(built: Built) -> Profile:
+def profile_of(built: Built) -> Profile:
+    """The profile that its scenario names. ProfileError for a wrong one."""
     return load_profile(Path(built.network.profile)) if built.network.profile else Profile()
 
 
@@ -92,10 +95,10 @@ class CollectorTamed:
 
 @final
 class Simulation:
-    def __init__(self, built: Built, profile: Profile, history: NoHistory, check: bool) -> None:
+    def __init__(self, built: Built, profile: Profile, history: NoHistory, check: bool, transport: str = AUTO) -> None:
         self.built: Built = built
         self.plan: FaultPlan = FaultPlan(built.faults, built.config, built.nodes)
-        self.cluster: Cluster = Cluster(built, profile, self.plan, history)
+        self.cluster: Cluster = Cluster(built, profile, self.plan, history, transport=transport)
         self.profile: Profile = profile
         self.phases: PhaseTracker = PhaseTracker(built.bytes_per_token)
         self.started_ns: int = -1

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any, Dict, Final, List, Optional, Tuple, final
 from kvcore.protocol.machine import CopyDone, CopyStopped, StartCopy, WindowClosed
 from kvcore.protocol.messages import Rid
 from kvcore.scenario.faults import CopyFate
+from kvsim.costs import CopyCost, Copying, bytes_per_s
 from kvsim.memory import TORN, Memory, copy_slots
-from kvsim.network import Path
+from kvsim.network import Path, Site
 
 if TYPE_CHECKING:
     from kvsim.cluster import Cluster
@@ -34,6 +35,7 @@ class Transfer:
     """One copy under way. ``owner`` is who asked for it: the reader, or the writer of a push."""
 
     __slots__ = (
+        "cost",
         "crossed",
         "effect",
         "ended",
@@ -56,6 +58,7 @@ class Transfer:
         self.nbytes: int = nbytes
         self.start_ns: int = start_ns
         self.path: Path = NOWHERE
+        self.cost: Optional[CopyCost] = None  # where the profile has measured such copies
         self.fate: Optional[CopyFate] = None
         self.fid: int = 0  # 0: no bytes are moving
         self.crossed: float = 0.0  # the fraction of the bytes that earlier flows of this copy have carried
@@ -64,6 +67,13 @@ class Transfer:
 
     def target(self) -> Memory:
         return self.owner.memory if self.effect.read else self.peer.memory
+
+    def crosses(self) -> Tuple[Site, str, Site, str]:
+        """Whence and whither its bytes go."""
+        effect = self.effect
+        if effect.read:
+            return self.peer.site, effect.peer_location, self.owner.site, effect.location
+        return self.owner.site, effect.location, self.peer.site, effect.peer_location
 
     def solo_rate(self) -> float:
         """Bytes a nanosecond, if it were alone on its links."""
@@ -106,15 +116,33 @@ class Transfers:
                 return
         if effect.read:
             owner.memory.tear(effect.location, effect.slots)
-            path = cluster.network.path(peer.site, effect.peer_location, owner.site, effect.location)
         else:
             peer.memory.tear(effect.peer_location, effect.peer_slots)
-            path = cluster.network.path(owner.site, effect.location, peer.site, effect.peer_location)
-        transfer.path = path
+        transfer.path = cluster.network.path(*transfer.crosses())
+        if cluster.copying is not None:
+            self._price(transfer, cluster.copying)
         if peer.paused:
             transfer.knocking = True
         else:
             self._begin(transfer, at_ns - cluster.loop.now_ns)
+
+    def _price(self, transfer: Transfer, copying: Copying) -> None:
+        """As the profile has measured it; what a scenario says of its network holds in any case."""
+        _, source, _, target = transfer.crosses()
+        cost = transfer.cost = copying.cost(source, target, transfer.owner is transfer.peer)
+        host = self.cluster.network.host
+        if cost is not None and host is not None:
+            links, latency_ns, _ = transfer.path
+            own = copying.links(cost, transfer.owner.name)
+            slower = tuple([link for link in links if link is not host])
+            transfer.path = (own + slower, latency_ns, bytes_per_s(cost, transfer.nbytes))
+
+    def _overhead_ns(self, transfer: Transfer) -> int:
+        """What it takes besides its bytes' time."""
+        count = len(transfer.effect.slots)
+        if transfer.cost is not None:
+            return transfer.path[1] + transfer.cost.overhead_ns(count)
+        return transfer.path[1] + self.cluster.profile.transfer_overhead_ns(count)
 
     def _refusal(self, transfer: Transfer) -> str:
         peer = transfer.peer
@@ -129,10 +157,9 @@ class Transfers:
 
     def _begin(self, transfer: Transfer, after_ns: int) -> None:
         """Its peer lets it in: as far as the fault plan lets it go, if that was asked."""
-        profile = self.cluster.profile
         links, latency_ns, cap = transfer.path
         nbytes = transfer.nbytes
-        overhead_ns = profile.transfer_ns + profile.descriptor_ns * len(transfer.effect.slots) + latency_ns
+        overhead_ns = self._overhead_ns(transfer)
         fate = transfer.fate
         if fate is not None:
             if fate.fail or fate.stuck:
@@ -185,9 +212,10 @@ class Transfers:
     def resumed(self, node: Node) -> None:
         for transfer in self.active.values():
             links, _, cap = transfer.path
+            begun = transfer.path is not NOWHERE
             if transfer.knocking:
                 self._let_in(transfer)
-            elif transfer.owner is node and transfer.fid == 0 and links and not _is_stuck(transfer):
+            elif transfer.owner is node and transfer.fid == 0 and begun and not _is_stuck(transfer):
                 left = int(transfer.nbytes * (1.0 - transfer.crossed))
                 transfer.fid = self.cluster.fabric.start(links, left, self._crossed, transfer, cap)
 
@@ -218,9 +246,9 @@ class Transfers:
         self.bytes += transfer.nbytes
         cluster = self.cluster
         if cluster.queued is not None:
-            overhead_ns = transfer.path[1] + cluster.profile.transfer_overhead_ns(len(effect.slots))
-            solo_ns = overhead_ns + ceil(transfer.nbytes / transfer.solo_rate())
-            cluster.queued(effect.rid, max(0, cluster.loop.now_ns - transfer.start_ns - solo_ns))
+            solo_ns = self._overhead_ns(transfer) + ceil(transfer.nbytes / transfer.solo_rate())
+            waited_ns = max(0, cluster.loop.now_ns - transfer.start_ns - solo_ns)
+            cluster.queued(effect.rid, waited_ns + (transfer.cost.queue_ns if transfer.cost is not None else 0))
         transfer.owner.on_arrival(CopyDone(effect.rid, True), None)
 
     def _fail(self, transfer: Transfer, why: str) -> None:

@@ -1,31 +1,130 @@
-"""What things cost: a profile of measured latencies, service times and bandwidths, one number for each name.
+"""What things cost on one machine: measured latencies, service times and bandwidths.
 
-Calibration writes such a file; ``profiles/default.yaml`` says the same as the defaults here, with a word on each.
+``kvmove calibrate`` writes such a file; ``profiles/default.yaml`` says the same as the defaults here, with a word on
+each.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Final, Iterator, List, Optional, Tuple
 
 import msgspec
+from msgspec import field
 
 from kvcore.scenario.loader import load_data
+from kvcore.scenario.topology import kind_of
+
+__all__ = ["AUTO", "CopyCost", "Made", "Profile", "ProfileError", "kind_of", "load_profile"]
+
+AUTO: Final = "auto"
+KINDS: Final = ("cpu", "disk", "gpu")
 
 
 class ProfileError(ValueError):
     """One line: which file, which field, what was expected."""
 
 
+class Made(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """When and on what a profile was measured. ``host``: digits that tell one machine from another; empty: of no
+    particular one, but of its kind."""
+
+    date: str = ""
+    cpu: str = ""
+    cores: int = 0
+    host: str = ""
+
+    def elsewhere(self, cpu: str, cores: int, host: str) -> str:
+        """How it is another machine than this one; empty if it is not."""
+        if self.cpu and (self.cpu, self.cores) != (cpu, cores):
+            return f"{self.cpu} with {self.cores} cores; this is {cpu} with {cores}"
+        if self.host and self.host != host:
+            return f"another {self.cpu or 'machine'}"
+        return ""
+
+
+class CopyCost(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Copies by one transport from one kind of location to another (cpu, disk, gpu), between two processes; ``inside``:
+    within one. A copy of ``n`` chunks and ``b`` bytes that is alone takes
+
+        queue_ns + copy_ns + n * descriptor_ns + b / rate(b)
+
+    ``queue_ns`` is over before its first byte. ``rates``: (bytes, bytes a second), rising sizes; in between, *times*
+    are interpolated. ``process_bytes_per_s``: all copies together that one process carries out; ``host_bytes_per_s``:
+    all by this transport on one host; 0: each is as fast as alone. ``cpu_s_per_gb``: of all processes, for the reader.
+    """
+
+    transport: str
+    source: str = field(name="from", default="cpu")
+    target: str = field(name="to", default="cpu")
+    inside: bool = False
+    queue_ns: int = 0
+    copy_ns: int = 0
+    descriptor_ns: int = 0
+    rates: Tuple[Tuple[int, float], ...]
+    process_bytes_per_s: float = 0.0
+    host_bytes_per_s: float = 0.0
+    cpu_s_per_gb: float = 0.0
+
+    def overhead_ns(self, chunks: int) -> int:
+        """What a copy takes besides its bytes, its queueing included."""
+        return self.queue_ns + self.copy_ns + chunks * self.descriptor_ns
+
+    def bytes_ns(self, nbytes: int) -> float:
+        """What the bytes take, if nobody else is there. Below the smallest size: at its rate; above the largest too."""
+        rates = self.rates
+        size, rate = rates[0]
+        if nbytes <= size:
+            return nbytes * 1e9 / rate
+        earlier_ns = size * 1e9 / rate
+        for larger, faster in rates[1:]:
+            larger_ns = larger * 1e9 / faster
+            if nbytes <= larger:
+                return earlier_ns + (larger_ns - earlier_ns) * (nbytes - size) / (larger - size)
+            size, rate, earlier_ns = larger, faster, larger_ns
+        return nbytes * 1e9 / rate
+
+    def mistakes(self) -> Iterator[str]:
+        where = f"copies: {self.transport} from {self.source} to {self.target}: "
+        for name, kind in (("from", self.source), ("to", self.target)):
+            if kind not in KINDS:
+                yield f"{where}{name} is {kind}, expected one of {', '.join(KINDS)}"
+        for name in ("queue_ns", "copy_ns", "descriptor_ns"):
+            if not 0 <= getattr(self, name) < 1 << 62:
+                yield f"{where}{name} is {getattr(self, name)}, expected nanoseconds, 0 or more"
+        for name in ("process_bytes_per_s", "host_bytes_per_s", "cpu_s_per_gb"):
+            if not 0 <= getattr(self, name) < 1e18:
+                yield f"{where}{name} is {getattr(self, name)}, expected 0 or more"
+        if not self.rates:
+            yield f"{where}rates: expected at least one pair [bytes, bytes a second]"
+        last, last_ns = 0, 0.0
+        for size, rate in self.rates:
+            if size <= last or not 0 < rate < 1e18 or size * 1e9 / rate < last_ns:
+                yield f"{where}rates: [{size}, {rate:g}]: expected larger sizes after smaller ones, taking no less time"
+                return
+            last, last_ns = size, size * 1e9 / rate
+
+
 class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Nanoseconds and bytes a second. A transfer of ``n`` slots and ``b`` bytes that is alone on its links takes
-    ``transfer_ns + n * descriptor_ns + b / bandwidth``."""
+    """Nanoseconds and bytes a second. ``copies`` says what bytes cost, the fastest first: that is what ``auto`` takes.
+    Whatever it does not cover, a transfer of ``n`` slots and ``b`` bytes that is alone on its links takes
+    ``transfer_ns + n * descriptor_ns + b / bandwidth``.
+
+    A message takes ``service_ns`` at its sender and ``message_latency_ns`` on its way; ``key_ns`` more at either end
+    for each chunk that it names, ``index_ns`` more at its sender for each one that it says has come or gone, and
+    ``wake_ns`` more for each other node that was told just before it by the same one.
+    """
 
     name: str = "default"
     about: str = ""
+    made: Optional[Made] = None
 
     message_latency_ns: int = 60_000
     service_ns: int = 30_000
     journal_ns: int = 50_000
+    key_ns: int = 0
+    index_ns: int = 0
+    wake_ns: int = 0
 
     transfer_ns: int = 150_000
     descriptor_ns: int = 2_000
@@ -41,6 +140,8 @@ class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     read_ns: int = 50_000
     read_bytes_per_s: float = 2e9
 
+    copies: Tuple[CopyCost, ...] = ()
+
     def check(self) -> None:
         """ProfileError for a time below 0 or a bandwidth of 0 or less."""
         for name in self.__struct_fields__:
@@ -49,6 +150,33 @@ class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
                 raise ProfileError(f"{name} is {value}, expected nanoseconds, 0 or more")
             if name.endswith("_per_s") and not 0 < value < 1e18:
                 raise ProfileError(f"{name} is {value}, expected bytes a second, above 0")
+        for cost in self.copies:
+            for mistake in cost.mistakes():
+                raise ProfileError(mistake)
+
+    @property
+    def detailed(self) -> bool:
+        """Do messages cost more than their number?"""
+        return bool(self.key_ns or self.index_ns or self.wake_ns)
+
+    def transports(self) -> List[str]:
+        """Those that were measured, the fastest first."""
+        return list(dict.fromkeys(cost.transport for cost in self.copies))
+
+    def cost(self, transport: str, source: str, target: str, inside: bool = False) -> Optional[CopyCost]:
+        """The entry for such copies; ``auto``: the first that there is. None: nobody has measured it."""
+        for cost in self.copies:
+            if (cost.source, cost.target, cost.inside) == (source, target, inside):
+                if transport in (AUTO, cost.transport):
+                    return cost
+        return None
+
+    def rate(self, transport: str, source: str, target: str, nbytes: int, chunks: int = 1) -> float:
+        """Bytes a second of such a copy, all told; 0.0: nobody has measured it. ``auto`` may choose by it."""
+        cost = self.cost(transport, source, target)
+        if cost is None or nbytes <= 0:
+            return 0.0
+        return nbytes * 1e9 / (cost.overhead_ns(chunks) + cost.bytes_ns(nbytes))
 
     def transfer_overhead_ns(self, descriptors: int) -> int:
         return self.transfer_ns + descriptors * self.descriptor_ns

@@ -23,6 +23,14 @@ CONTROLLER: Final = "ctl"
 CLIENT: Final = "client"
 
 
+def kind_of(location: str) -> str:
+    """What a location's name says of its memory: cpu, disk or gpu."""
+    name = location.lower()
+    if "gpu" in name or "hbm" in name:
+        return "gpu"
+    return "disk" if "disk" in name or "file" in name else "cpu"
+
+
 class Part(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True, kw_only=True):
     """Base of everything in a scenario."""
 
