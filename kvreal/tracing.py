@@ -33,7 +33,8 @@ class Spans:
         span = self.tracer.start_span(f"kvmove.{view.kind}", start_time=begun_ns, attributes=attributes(view))
         inside = trace.set_span_in_context(span)
         at = begun_ns
-        phases = view.phases_s if isinstance(view.phases_s, dict) else {}
+        # A drain's are its children's, which have spans of their own.
+        phases = view.phases_s if isinstance(view.phases_s, dict) and view.kind != "drain" else {}
         for name, seconds in phases.items():
             phase = self.tracer.start_span(f"kvmove.{name}", context=inside, start_time=at)
             at += round(seconds * 1e9)
@@ -53,7 +54,7 @@ def attributes(view: EventView) -> Dict[str, Any]:
         value = getattr(view, name)
         if isinstance(value, (str, int)) and value:
             found[f"kvmove.{name}"] = value
-    if isinstance(view.old_position, tuple):
+    if isinstance(view.old_position, (list, tuple)):
         found["kvmove.source"] = "/".join(view.old_position)
     if isinstance(view.new_positions, list):
         found["kvmove.destinations"] = ["/".join(place) for place in view.new_positions]

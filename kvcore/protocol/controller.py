@@ -7,7 +7,7 @@ from typing import Any, Callable, Dict, List, Optional, final
 from kvcore.protocol.chunks import namespace_mismatch
 from kvcore.protocol.config import ControllerSpec
 from kvcore.protocol.coordinator import COPYING, FAILED, RELEASING, Coordinator
-from kvcore.protocol.drain import Drains
+from kvcore.protocol.drain import Drains, moved_by
 from kvcore.protocol.fanout import Fanout, Fanouts
 from kvcore.protocol.machine import (
     Begin,
@@ -51,10 +51,30 @@ from kvcore.protocol.messages import (
     StatusRequest,
     Suspect,
     UnpinRequest,
+    event_name,
 )
 from kvcore.protocol.registry import Registry
 
 VERSION = 1
+
+
+def other_request(first: MoveRequest, m: MoveRequest) -> str:
+    """How ``m`` asks for something else than ``first``, both values; "" if it asks for the same."""
+    for name, before, now in (("old_position", first.src, m.src), ("new_position", first.dst, m.dst)):
+        if before != now:
+            return f"{name} was {'/'.join(before)}, is {'/'.join(now)}"
+    if first.also != m.also:
+        before_also = ", ".join(["/".join(place) for place in first.also]) or "none"
+        also = ", ".join(["/".join(place) for place in m.also]) or "none"
+        return f"more destinations were {before_also}, are {also}"
+    if first.keys != m.keys:
+        much = f"{sum(first.lens)} tokens" if first.keys else "all"
+        return f"tokens were {much}, are {f'{sum(m.lens)} tokens' if m.keys else 'all'}, and not the same"
+    if first.copy != m.copy:
+        return f"copy was {str(first.copy).lower()}, is {str(m.copy).lower()}"
+    if first.evict != m.evict:
+        return f"if_room was {str(not first.evict).lower()}, is {str(not m.evict).lower()}"
+    return ""
 
 
 @final
@@ -137,11 +157,14 @@ class Controller(Machine):
         promised: Dict[int, Promised] = {}
         decided: Dict[int, Decide] = {}
         ended: Dict[int, Outcome] = {}
+        children: Dict[int, List[Begin]] = {}
         for record in item.journal:
             if isinstance(record, Incarnation):
                 last = max(last, record.incarnation)
             elif isinstance(record, Begin):
                 begun[record.event] = record
+                if record.parent:
+                    children.setdefault(record.parent, []).append(record)
             elif isinstance(record, Promised):
                 promised[record.event] = record
             elif isinstance(record, Decide):
@@ -172,7 +195,11 @@ class Controller(Machine):
             else:
                 # Begin alone: presumed abort.
                 told = promised.get(number)
-                outcome = Outcome(number, FAILED, "controller_restarted", promised=told.num_tokens if told else 0)
+                moved = moved_by(children.get(number, []), decided, ended)
+                outcome = Outcome(
+                    number, FAILED, "controller_restarted", sum(moved.values()), len(moved),
+                    promised=told.num_tokens if told else 0,
+                )
                 self.moves.remember(now, outcome)
                 out.append(Journal(outcome))
 
@@ -200,10 +227,12 @@ class Controller(Machine):
     def _again(self, src: str, m: MoveRequest, out: List[Effect]) -> None:
         """The same idempotency key: the same answer, and never a second move."""
         first = self.moves.requests[m.idem]
-        if (first.src, first.dst, first.keys, first.copy) != (m.src, m.dst, m.keys, m.copy):
-            out.append(Send(src, Answer(m.op, "refused", reason="idempotency_key_reused", detail=m.idem)))
-            return
         number = self.moves.by_idem[m.idem]
+        difference = other_request(first, m)
+        if difference:
+            detail = f"{m.idem!r} was given for event {event_name(number)} before, with another request: {difference}"
+            out.append(Send(src, Answer(m.op, "refused", 0, 0, "idempotency_key_reused", detail)))
+            return
         event = self.moves.events.get(number)
         if event is not None:
             event.clients.append((src, m.op))

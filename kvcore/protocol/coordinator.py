@@ -118,15 +118,17 @@ class Coordinator:
         why: Tuple[str, str],
         out: List[Effect],
         number: int = 0,
+        parent: int = 0,
     ) -> Event:
-        """Journal Begin and pin at every source rank. ``why`` (reason, detail): fail at once instead."""
+        """Journal Begin and pin at every source rank. ``why`` (reason, detail): fail at once instead. ``parent``: the
+        drain that it belongs to."""
         config = self.config
         number = number or self.new_event()
         event = Event(number, m, now, now + (m.deadline_ns or config.deadline_ns))
         if client:
             event.clients.append((client, m.op))
         self.name_event(number, m)
-        out.append(Journal(Begin(number, m)))
+        out.append(Journal(Begin(number, m, parent)))
         self.events[number] = event
         if why[0]:
             event.detail = why[1]

@@ -3,12 +3,12 @@ chain, one after another. The sum is the drain's answer; what could not be moved
 
 from __future__ import annotations
 
-from typing import Dict, List, Tuple, final
+from typing import Dict, List, Sequence, Tuple, final
 
 from kvcore.protocol.chunks import namespace_mismatch
 from kvcore.protocol.config import Config
 from kvcore.protocol.coordinator import COPYING, DONE, FAILED, Coordinator, Event
-from kvcore.protocol.machine import Begin, Effect, Journal, Outcome, Promised, Send
+from kvcore.protocol.machine import Begin, Decide, Effect, Journal, Outcome, Promised, Send
 from kvcore.protocol.messages import Answer, Key, MoveRequest, Position
 from kvcore.protocol.registry import Registry
 
@@ -33,6 +33,8 @@ class Drain:
         self.moved: Dict[Key, int] = {}
         self.left: List[str] = []
         self.cancelled: str = ""
+        #: its client has been told that it goes on; what is over before that has been promised to nobody
+        self.announced: bool = False
         self.waiters: List[Tuple[str, str]] = []
 
     def child_ended(self, request: MoveRequest, state: str, reason: str, n: int, kept: int, why: str) -> None:
@@ -48,6 +50,18 @@ class Drain:
 
     def num_tokens(self) -> int:
         return sum(self.planned.values())
+
+
+def moved_by(begins: Sequence[Begin], decided: Dict[int, Decide], ended: Dict[int, Outcome]) -> Dict[Key, int]:
+    """What chains of a drain have moved, or will have: chunk key -> tokens. ``begins``: theirs, of the journal."""
+    moved: Dict[Key, int] = {}
+    for begin in begins:
+        request = begin.request
+        outcome = ended.get(begin.event)
+        decide = decided.get(begin.event)
+        n = outcome.n if outcome is not None and outcome.state == DONE else decide.n if decide is not None else 0
+        moved.update(zip(request.keys[:n], request.lens[:n]))
+    return moved
 
 
 @final
@@ -74,6 +88,7 @@ class Drains:
             out.append(Journal(Promised(number, drain.num_tokens(), len(drain.planned))))
         out.append(Send(client, Answer(m.op, COPYING, drain.num_tokens(), number)))
         self._on(now, drain, out)
+        drain.announced = True
 
     def _on(self, now: int, drain: Drain, out: List[Effect]) -> None:
         """Begin the next chain's move, or end the drain."""
@@ -105,7 +120,7 @@ class Drains:
         why = ("mismatch", f"source {difference[0]}; destination {difference[1]}") if difference else ("", "")
         drain.child = self.moves.new_event()
         self.parents[drain.child] = drain.number
-        self.moves.begin(now, "", child, sources, destinations, why, out, drain.child)
+        self.moves.begin(now, "", child, sources, destinations, why, out, drain.child, drain.number)
 
     def child_ended(self, now: int, event: Event, out: List[Effect]) -> None:
         """An event has ended; if it moved a chain of mine, the drain goes on."""
@@ -128,8 +143,8 @@ class Drains:
         state = FAILED if drain.left or not drain.planned else DONE
         reason = (drain.cancelled or "incomplete") if drain.left else "" if drain.planned else "nothing_held"
         left = "; ".join(drain.left[:8])
-        planned = drain.num_tokens()
-        outcome = Outcome(drain.number, state, reason, tokens, len(drain.moved), (), left, promised=planned)
+        promised = drain.num_tokens() if drain.announced else 0
+        outcome = Outcome(drain.number, state, reason, tokens, len(drain.moved), (), left, promised=promised)
         self.moves.remember(now, outcome)
         out.append(Journal(outcome))
         for client, op in [(drain.client, drain.request.op), *drain.waiters]:

@@ -53,6 +53,8 @@ class Begin(Record, frozen=True, gc=False):
 
     event: int
     request: Union[MoveRequest, PinRequest]
+    parent: int = 0
+    """The drain that this move is a chain of."""
 
 
 class Promised(Record, frozen=True, gc=False):

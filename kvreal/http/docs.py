@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import html
 from importlib import resources
-from typing import Any, Dict, Final, Tuple
+from typing import Dict, Final, Tuple
 
 from fastapi import APIRouter
 from fastapi.responses import Response
@@ -67,7 +67,7 @@ def router(title: str) -> APIRouter:
     return routes
 
 
-def _add(routes: Any, path: str, text: bytes, kind: str, cache: str) -> None:
+def _add(routes: APIRouter, path: str, text: bytes, kind: str, cache: str) -> None:
     @routes.get(path, include_in_schema=False)
     async def file() -> Response:
         return Response(text, headers={**HEADERS, "Cache-Control": cache}, media_type=f"{kind}; charset=utf-8")

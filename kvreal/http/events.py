@@ -17,11 +17,10 @@ import msgspec
 
 from kvcore.protocol import machine as m
 from kvcore.protocol.controller import Controller
-from kvcore.protocol.messages import Committed, MoveRequest, PinRequest, Released
+from kvcore.protocol.messages import Committed, MoveRequest, PinRequest, Refused, Released, event_number
 from kvreal.http.models import EventView
 from kvreal.http.views import Record, brief, view_of
 
-ENDED: Final = frozenset({"done", "failed"})
 STREAM_QUEUE: Final = 1_000
 PRUNE_EVERY: Final = 64
 MAX_CHILDREN: Final = 1_000
@@ -66,6 +65,8 @@ class EventLog:
                 self._committed(item.src, message)
             elif isinstance(message, Released):
                 self._released(item.src, message)
+            elif isinstance(message, Refused) and message.of == "Fetch":
+                self._refused(item.src, message)
             number = getattr(message, "event", 0)
             if number in self.records:
                 touched[number] = None
@@ -87,6 +88,7 @@ class EventLog:
                 if kept is not None:
                     kept.whole = frozen
                     kept.frozen = brief(self._decode(zlib.decompress(frozen)))
+                    self._child_ended(kept.frozen)
         for number, kept in list(self.records.items()):
             event = moves.events.get(number)
             if event is not None:
@@ -127,14 +129,14 @@ class EventLog:
         record.request = msgspec.structs.replace(request, keys=())
         record.event = machine.moves.events.get(number)
         record.drain = machine.drains.open.get(number)
-        record.parent = machine.drains.parents.get(number, 0)
+        record.parent = begin.parent
         if record.parent in self.records:
             children = self.records[record.parent].children
             if len(children) < MAX_CHILDREN:
                 children.append(number)
-        record.bytes_per_token = [
-            rank.register.namespace.bytes_per_token for rank in machine.registry.instance(request.src[0]) or []
-        ]
+        spaces = [rank.register.namespace for rank in machine.registry.instance(request.src[0]) or []]
+        record.bytes_per_token = [space.bytes_per_token for space in spaces]
+        record.block_tokens = max([space.block_tokens for space in spaces], default=1)
         record.enter("copying" if kind == "drain" else "pinning", now)
         self._prune(now)
 
@@ -142,8 +144,14 @@ class EventLog:
         record = self.records.get(message.event)
         if record is not None and record.event is not None and src in record.event.dst:
             r = record.event.dst.index(src)
-            record.present[r] = message.present
-            record.committed[r] = message.n
+            if r < len(record.event.dst_incs) and message.inc == record.event.dst_incs[r]:
+                record.present[r] = message.present
+                record.committed[r] = message.n
+
+    def _refused(self, src: str, message: Refused) -> None:
+        record = self.records.get(message.event)
+        if record is not None and record.event is not None and src in record.event.dst:
+            record.refused.add(record.event.dst.index(src))
 
     def _released(self, src: str, message: Released) -> None:
         record = self.records.get(message.event)
@@ -173,6 +181,7 @@ class EventLog:
     def _end(self, now: int, record: Record) -> None:
         view = self.view(record, True)
         record.frozen = brief(view)
+        self._child_ended(view)
         record.whole = zlib.compress(msgspec.json.encode(view), 1)
         record.event = record.drain = None
         record.lens = ()
@@ -186,6 +195,12 @@ class EventLog:
         for listener in self.on_ended:
             listener(view)
         self._tell("event", record.frozen)
+
+    def _child_ended(self, view: EventView) -> None:
+        """A drain's event has its children's totals."""
+        parent = self.records.get(event_number(view.parent)) if isinstance(view.parent, str) else None
+        if parent is not None and parent.frozen is None:
+            parent.totals.add(view)
 
     def _prune(self, now: int) -> None:
         """Ended events beyond the count, or older than the age. Ended ones are in the order of their ends."""

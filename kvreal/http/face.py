@@ -7,7 +7,6 @@ import time
 from typing import Any, Dict, Final, List, Optional, Sequence, Tuple, Union
 
 import msgspec
-from msgspec import UNSET
 
 from kvcore.protocol import machine as m
 from kvcore.protocol.chunks import chunk_keys
@@ -31,9 +30,10 @@ from kvcore.protocol.messages import (
 from kvcore.scenario.profile import Profile
 from kvreal.http import models as b
 from kvreal.http.dryrun import dry_run
-from kvreal.http.events import ENDED, EventLog
+from kvreal.http.events import EventLog
 from kvreal.http.members import Members, fresh
 from kvreal.http.status import REASON_HEADER, Reply, of_cancel, of_move, refusal
+from kvreal.http.views import together
 from kvreal.service import Service
 
 MANY: Final = "."
@@ -171,24 +171,34 @@ class Face:
         if body.instance_id in body.to:
             return refusal("bad_body", f"{body.instance_id} cannot be drained to itself", field="to")
         key = body.idempotency_key or idem
-        asked = [
-            self.service.begin(
-                MoveRequest(
-                    "", (body.instance_id, name), (body.to[0], name),
-                    copy=body.copy, idem=f"{key}/{name}" if key else "", deadline_ns=round((body.deadline_s or 0) * NS),
-                    evict=not body.if_room, also=tuple((instance, name) for instance in body.to[1:]),
-                )
+        requests = [
+            MoveRequest(
+                "", (body.instance_id, name), (body.to[0], name),
+                copy=body.copy, idem=f"{key}/{name}" if key else "", deadline_ns=round((body.deadline_s or 0) * NS),
+                evict=not body.if_room, also=tuple((instance, name) for instance in body.to[1:]),
             )
             for name in names
         ]  # fmt: skip
-        answers = [await one.first for one in asked]
-        bad = next((answer for answer in answers if answer.state == "refused" or answer.reason == "mismatch"), None)
-        if bad is not None:
-            return self._moved(bad, *[(body.instance_id, name) for name in names])
+        moves = self.machine.moves
+        new = [request for request in requests if not request.idem or request.idem not in moves.by_idem]
+        if new and len(moves.events) + len(new) > self.machine.spec.config.events_max:
+            return refusal("busy", f"{len(moves.events)} events")  # all of its locations or none
+        return self._drained([await self._begin(request) for request in requests], body.instance_id, names)
+
+    def _drained(self, answers: List[Answer], instance: str, names: List[str]) -> Reply:
+        """The answers of a drain's events, one a location, as one."""
+        refused = next((answer for answer in answers if answer.state == "refused"), None)
+        if refused is not None:
+            return self._moved(refused, *[(instance, name) for name in names])
         tokens = sum(answer.num_tokens for answer in answers)
         ids = MANY.join(event_name(answer.event) for answer in answers)
-        empty = all(one.end.done() and one.end.result().reason == "nothing_held" for one in asked)
-        return Reply(200, b.MoveReply(tokens, ids), {REASON_HEADER: "nothing_held"} if empty else {})
+        held = [answer for answer in answers if answer.reason != "nothing_held"]
+        if not held:
+            return Reply(200, b.MoveReply(0, ids), {REASON_HEADER: "nothing_held"})
+        if all(answer.state == "failed" for answer in held):
+            reply = refusal(held[0].reason, held[0].detail, held[0].event)
+            return Reply(reply.status, msgspec.structs.replace(reply.body, event_id=ids), reply.headers)  # type: ignore[type-var]
+        return Reply(200, b.MoveReply(tokens, ids))
 
     # ---- events
     def _numbers(self, name: str) -> List[int]:
@@ -327,29 +337,3 @@ class Face:
 
     async def status(self, number: int) -> Answer:
         return await self.service.ask(StatusRequest("", number))
-
-
-def together(name: str, views: Sequence[b.EventView]) -> b.EventView:
-    """Several events as one: it goes on while any of them does, and has failed if any of them has."""
-    going = [view for view in views if view.state not in ENDED]
-    failed = [view for view in views if view.state == "failed" and view.reason != "nothing_held"]
-    some = [view for view in views if view.reason != "nothing_held"]
-    worst = (going or failed or some or list(views))[0]
-    steps = [view.progress for view in views if isinstance(view.progress, b.Progress)]
-    progress: Any = UNSET
-    if steps:
-        progress = b.Progress(
-            sum(step.chains for step in steps), sum(step.chains_begun for step in steps),
-            sum(step.planned_tokens for step in steps), sum(step.moved_tokens for step in steps),
-        )  # fmt: skip
-    return b.EventView(
-        event_id=name,
-        kind=views[0].kind,
-        state=worst.state,
-        num_tokens=sum(view.num_tokens for view in views),
-        reason=worst.reason,
-        detail=worst.detail,
-        begun=min((view.begun for view in views if isinstance(view.begun, float)), default=UNSET),
-        progress=progress,
-        children=[view.event_id for view in views],
-    )

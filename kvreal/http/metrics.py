@@ -34,9 +34,10 @@ from kvcore.protocol.messages import (
     Snap,
     Unhold,
 )
-from kvreal.http.events import ENDED, EventLog
+from kvreal.http.events import EventLog
 from kvreal.http.gauges import Gauges, Stale
 from kvreal.http.models import EventView
+from kvreal.http.views import ENDED
 from kvreal.service import TERMINAL, Service
 
 SECONDS: Final = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 120.0)

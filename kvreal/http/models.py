@@ -239,7 +239,8 @@ class RankOutcome(Reply, frozen=True, kw_only=True):
 
 
 class ChunkOutcome(Reply, frozen=True):
-    """`destination`: copied, present (was there already), none, or unknown (the controller died before it heard).
+    """`destination`: copied, present (was there already), partial (at some of its ranks only, so that it is of no use
+    there), none, or unknown (the destination was not heard after it had been asked, or has gone since).
     `source`: deleted, kept, unknown or untouched."""
 
     index: int
@@ -256,7 +257,8 @@ class Progress(Reply, frozen=True):
 
 
 class EventView(Reply, frozen=True, kw_only=True, omit_defaults=True):
-    """`state`: pinning, reserving, copying, releasing, done or failed; held for a pin that lives."""
+    """`state`: pinning, reserving, copying, releasing, done or failed; held for a pin that lives. Of a drain, `bytes`,
+    `transport` and `phases_s` are its children's, all together, as they end."""
 
     event_id: str
     kind: str

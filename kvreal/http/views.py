@@ -2,16 +2,38 @@
 
 from __future__ import annotations
 
-from typing import Dict, List, Optional, Set, Tuple
+from typing import Dict, Final, List, Optional, Sequence, Set, Tuple
 
 import msgspec
-from msgspec import UNSET
+from msgspec import UNSET, UnsetType
 
 from kvcore.protocol import machine as m
 from kvcore.protocol.coordinator import Event
 from kvcore.protocol.drain import Drain
 from kvcore.protocol.messages import MoveRequest, SourceOutcome, event_name
 from kvreal.http.models import ChunkOutcome, EventView, Progress, RankOutcome
+
+ENDED: Final = frozenset({"done", "failed"})
+
+
+class Totals:
+    """Of a drain's children that have ended: bytes copied, by what, and how long each phase took, all together."""
+
+    def __init__(self) -> None:
+        self.ended: int = 0
+        self.bytes: int = 0
+        self.vias: Dict[str, None] = {}
+        self.phases_s: Dict[str, float] = {}
+
+    def add(self, child: EventView) -> None:
+        self.ended += 1
+        if isinstance(child.bytes, int):
+            self.bytes += child.bytes
+        if isinstance(child.transport, str):
+            self.vias.update(dict.fromkeys(child.transport.split(", ")))
+        if isinstance(child.phases_s, dict):
+            for phase, seconds in child.phases_s.items():
+                self.phases_s[phase] = self.phases_s.get(phase, 0.0) + seconds
 
 
 class Record:
@@ -31,12 +53,16 @@ class Record:
         self.parent: int = 0
         self.children: List[int] = []
         self.drain: Optional[Drain] = None
-        self.planned: int = 0
         self.bytes_per_token: List[int] = []
+        self.block_tokens: int = 1
         #: rank -> positions that were at the destination before, positions that the source kept
         self.present: Dict[int, Tuple[int, ...]] = {}
         self.kept_at: Dict[int, Tuple[int, ...]] = {}
         self.committed: Dict[int, int] = {}
+        #: destination ranks that have said that they brought nothing
+        self.refused: Set[int] = set()
+        #: of a drain, what its children that have ended came to
+        self.totals: Totals = Totals()
         self.lens: Tuple[int, ...] = ()
         self.decided_n: int = 0
         #: what the stream was last told
@@ -76,8 +102,8 @@ def view_of(record: Record, full: bool, expires_in_s: Optional[float]) -> EventV
         copy=request.copy if request is not None and record.kind != "pin" else UNSET,
         requested_chunks=len(record.lens) or UNSET,
         requested_tokens=sum(record.lens) or UNSET,
-        transport=(outcome.via if outcome is not None else event.via if event is not None else "") or UNSET,
-        bytes=sum(rank.bytes for rank in ranks) if record.kind == "move" and not _unheard(record) else UNSET,
+        transport=_transport(record) or UNSET,
+        bytes=_bytes(record, ranks),
         begun=record.begun_ns / 1e9 if record.begun_ns else UNSET,
         ended=record.ended_ns / 1e9 if record.ended_ns else UNSET,
         duration_s=(record.ended_ns - record.begun_ns) / 1e9 if record.ended_ns and record.begun_ns else UNSET,
@@ -90,6 +116,19 @@ def view_of(record: Record, full: bool, expires_in_s: Optional[float]) -> EventV
         ranks=ranks if full and record.kind == "move" else UNSET,
         chunks=_chunks(record) if full and record.kind == "move" else UNSET,
     )
+
+
+def _transport(record: Record) -> str:
+    if record.kind == "drain":
+        return ", ".join(record.totals.vias)
+    return record.outcome.via if record.outcome is not None else record.event.via if record.event is not None else ""
+
+
+def _bytes(record: Record, ranks: List[RankOutcome]) -> int | UnsetType:
+    if record.kind == "drain":
+        told = record.begun_ns or record.totals.ended
+        return record.totals.bytes if told else UNSET
+    return sum(rank.bytes for rank in ranks) if record.kind == "move" and not _unheard(record) else UNSET
 
 
 def _tokens(record: Record, state: str) -> int:
@@ -108,7 +147,9 @@ def brief(view: EventView) -> EventView:
 
 
 def _phases(record: Record) -> Dict[str, float]:
-    """Seconds in each state that it has left."""
+    """Seconds in each state that it has left; a drain has its children's."""
+    if record.kind == "drain":
+        return dict(record.totals.phases_s)
     times = sorted(record.entered.items(), key=lambda item: item[1])
     return {name: (times[i + 1][1] - t) / 1e9 for i, (name, t) in enumerate(times[:-1])}
 
@@ -144,7 +185,8 @@ def _ranks(record: Record) -> List[RankOutcome]:
         present = [i for i in record.present.get(r, ()) if i < committed]
         there = set(present)
         size = record.bytes_per_token[r] if r < len(record.bytes_per_token) else 0
-        copied = sum(n for i, n in enumerate(record.lens[:committed]) if i not in there) * size
+        block = record.block_tokens
+        copied = sum(-(-n // block) * block for i, n in enumerate(record.lens[:committed]) if i not in there) * size
         found.append(
             RankOutcome(
                 rank=r,
@@ -176,15 +218,12 @@ def _chunks(record: Record) -> List[ChunkOutcome]:
     present = [set(record.present.get(r, ())) for r in range(ranks)]
     kept = [set(record.kept_at.get(r, ())) for r in range(ranks)]
     for i, tokens in enumerate(record.lens):
-        here = [record.committed.get(r, 0) > i for r in range(ranks)]
         if unheard and state == "failed":
             where = "unknown"  # a destination may have committed it all the same
         elif unheard and i < n:
             where = "copied"  # decided: it is there
-        elif state == "failed" or not ranks or not all(here) or i >= n:
-            where = "none"
         else:
-            where = "present" if all(i in there for there in present) else "copied"
+            where = _destination(record, state, present, i)
         if state != "done" or i >= n:
             source = "untouched"
         elif copy:
@@ -197,6 +236,22 @@ def _chunks(record: Record) -> List[ChunkOutcome]:
     return found
 
 
+def _destination(record: Record, state: str, present: List[Set[int]], i: int) -> str:
+    """What is known of one chunk at the destination, by what each of its ranks has said."""
+    ranks = len(present)
+    here = [record.committed.get(r, 0) > i for r in range(ranks)]
+    if any(here):
+        reason = record.outcome.reason if record.outcome is not None else ""
+        if state == "failed" and reason.startswith("destination_"):
+            return "unknown"  # cleared, or another process: what was committed may have gone with it
+        if not all(here):
+            return "partial"
+        return "present" if all(i in there for there in present) else "copied"
+    asked = state == "failed" and "reserving" in record.entered
+    silent = any(r not in record.committed and r not in record.refused for r in range(ranks))
+    return "unknown" if asked and silent else "none"
+
+
 def _source(record: Record, event: Optional[Event], ranks: int, kept: List[Set[int]], i: int) -> str:
     if event is None:
         return "unknown"
@@ -207,3 +262,38 @@ def _source(record: Record, event: Optional[Event], ranks: int, kept: List[Set[i
         return "kept"
     silent = any(r not in record.kept_at and item is not None and item.kept for r, item in enumerate(outcomes))
     return "unknown" if silent else "deleted"
+
+
+def together(name: str, views: Sequence[EventView]) -> EventView:
+    """Several events as one: it goes on while any of them does, and has failed if any of them has."""
+    going = [view for view in views if view.state not in ENDED]
+    failed = [view for view in views if view.state == "failed" and view.reason != "nothing_held"]
+    some = [view for view in views if view.reason != "nothing_held"]
+    worst = (going or failed or some or list(views))[0]
+    steps = [view.progress for view in views if isinstance(view.progress, Progress)]
+    totals = Totals()
+    for view in views:
+        totals.add(view)
+    begun = min((view.begun for view in views if isinstance(view.begun, float)), default=UNSET)
+    ended = UNSET if going else max((view.ended for view in views if isinstance(view.ended, float)), default=UNSET)
+    return EventView(
+        event_id=name,
+        kind=views[0].kind,
+        state=worst.state,
+        num_tokens=sum(view.num_tokens for view in views),
+        reason=worst.reason,
+        detail=worst.detail,
+        transport=", ".join(totals.vias) or UNSET,
+        bytes=totals.bytes if any(isinstance(view.bytes, int) for view in views) else UNSET,
+        begun=begun,
+        ended=ended,
+        duration_s=ended - begun if isinstance(begun, float) and isinstance(ended, float) else UNSET,
+        phases_s=totals.phases_s or UNSET,
+        progress=Progress(
+            sum(step.chains for step in steps), sum(step.chains_begun for step in steps),
+            sum(step.planned_tokens for step in steps), sum(step.moved_tokens for step in steps),
+        )
+        if steps
+        else UNSET,
+        children=[view.event_id for view in views],
+    )  # fmt: skip

@@ -38,7 +38,7 @@ from kvcore.protocol.messages import (
 from kvcore.scenario.world import World
 from tests.core.drive import CPU, Story, keys, lens
 
-NUMBERS = ("event", "epoch", "src_epoch", "peer_epoch")
+NUMBERS = ("event", "parent", "epoch", "src_epoch", "peer_epoch")
 IDS = ("inc", "pid", "rid")
 HIDDEN = (
     "namespace",

@@ -261,7 +261,7 @@ function take(e) {
   e.seen = now();
   events.delete(e.event_id);
   events.set(e.event_id, e);
-  if (isEnd(e) && e.bytes && e.ended && !(before && isEnd(before)))
+  if (isEnd(e) && e.bytes && e.ended && e.kind !== "drain" && !(before && isEnd(before)))
     copied.push({t: e.ended, link: e.old_position[0] + " → " + e.new_positions[0][0], bytes: e.bytes, busy: (e.phases_s && e.phases_s.copying) || 0});
   if (events.size > KEPT) for (const old of events.values()) if (isEnd(old)) { events.delete(old.event_id); break; }
 }

@@ -23,6 +23,7 @@ from kvcore.protocol.messages import (
     MoveRequest,
     Namespace,
     Pinned,
+    Refused,
     Register,
     Registered,
     Released,
@@ -33,9 +34,9 @@ from kvcore.scenario.profile import Profile
 from kvreal.http import models as b
 from kvreal.http.dryrun import dry_run
 from kvreal.http.events import STREAM_QUEUE, EventLog
-from kvreal.http.face import together
 from kvreal.http.models import EventView
 from kvreal.http.status import REASON_HEADER, code_of, of_cancel, of_move, refusal, split_error
+from kvreal.http.views import together
 
 CPU = "LocalCPUBackend"
 SPACE = Namespace(bytes_per_token=10, chunk_tokens=4)
@@ -211,6 +212,122 @@ def test_a_copy_and_a_failure_touch_nothing_at_the_source() -> None:
     assert [(c.destination, c.source) for c in view.chunks] == [("none", "untouched")] * 3  # type: ignore[union-attr]
 
 
+# ---- chunks of events that failed
+@pytest.mark.parametrize(
+    ("said", "chunks"),
+    [
+        ((), "unknown unknown unknown"),
+        (((0, 3),), "partial partial partial"),
+        (((1, 1),), "partial unknown unknown"),
+        (((0, 3), (1, 1)), "copied partial partial"),
+    ],
+)
+def test_a_chunk_of_a_failed_move_is_where_some_rank_has_said_that_it_is(
+    said: Tuple[Tuple[int, int], ...], chunks: str
+) -> None:
+    """Both ranks have reserved everything; then each of ``said`` (rank, n) commits, and the move is cancelled."""
+    play = Play(ranks=2)
+    number = play.begin()
+    for rank in (0, 1):
+        play.pinned(number, rank)
+    for rank in (0, 1):
+        play.hear(f"b{rank}", Reserved(number, play.inc(f"b{rank}"), 3))
+    for rank, n in said:
+        play.hear(f"b{rank}", Committed(number, play.inc(f"b{rank}"), n, play.now, 1, (), "tcp"))
+    play.hear("http/2", CancelRequest("op2", number))
+    view = play.view(number)
+    assert (view.state, view.reason) == ("failed", "cancelled")
+    assert " ".join(c.destination for c in view.chunks) == chunks  # type: ignore[union-attr]
+    assert {c.source for c in view.chunks} == {"untouched"}  # type: ignore[union-attr]
+    assert view.bytes == sum((0, 40, 80, 100)[n] for _, n in said)
+
+
+def test_what_a_rank_refused_is_not_there_and_what_was_cleared_is_not_known() -> None:
+    play = Play()
+    full = play.begin()
+    play.pinned(full)
+    play.hear("b0", Refused(full, "Fetch", "full", play.inc("b0")))
+    assert {c.destination for c in play.view(full).chunks} == {"none"}  # type: ignore[union-attr]
+    play = Play(ranks=2)
+    cleared = play.begin()
+    for rank in (0, 1):
+        play.pinned(cleared, rank)
+    for rank in (0, 1):
+        play.hear(f"b{rank}", Reserved(cleared, play.inc(f"b{rank}"), 3))
+    play.hear("b0", Committed(cleared, play.inc("b0"), 3, play.now, 1))
+    play.hear("b0", Delta(CPU, (play.epochs["b0"], 1), 0))
+    view = play.view(cleared)
+    assert (view.state, view.reason) == ("failed", "destination_cleared")
+    assert {c.destination for c in view.chunks} == {"unknown"}  # type: ignore[union-attr]
+
+
+def test_a_word_of_another_incarnation_says_nothing_of_this_one() -> None:
+    play = Play(ranks=2)
+    number = play.begin()
+    for rank in (0, 1):
+        play.pinned(number, rank)
+    play.hear("b0", Committed(number, (play.epochs["b0"], 7), 3, play.now, 1))
+    play.hear("http/2", CancelRequest("op2", number))
+    assert {c.destination for c in play.view(number).chunks} == {"unknown"}  # type: ignore[union-attr]
+
+
+# ---- drains
+def drained(play: Play) -> int:
+    """All of a goes to b: two chains that share their head. The first ends, and the second is begun."""
+    entries = (Entry(b"h", b"", 4, 1), Entry(b"x", b"h", 4, 9), Entry(b"y", b"h", 2, 5))
+    play.hear("a0", Delta(CPU, play.inc("a0"), 1, entries))
+    play.hear("http/1", MoveRequest("op", ("a", CPU), ("b", CPU)))
+    number = min(number for number, record in play.log.records.items() if record.kind == "drain")
+    view = play.view(number)
+    assert (view.bytes, view.transport, view.progress) == (0, msgspec.UNSET, b.Progress(2, 1, 10, 0))
+    play.pinned(number + 1, slots=(0, 1))
+    play.committed(number + 1, n=2)
+    play.released(number + 1, deleted=1, kept_at=(0,))
+    return number
+
+
+def test_a_drain_has_what_its_children_have_brought_as_they_end() -> None:
+    play = Play()
+    queue = play.log.open_stream()
+    number = drained(play)
+    first, half = play.view(number + 1), play.view(number)
+    assert (half.state, half.bytes, half.transport) == ("copying", 80, "tcp")
+    assert half.progress == b.Progress(2, 2, 10, 8)
+    assert half.phases_s == first.phases_s
+    told = [what for kind, what in _all(queue) if kind == "event" and what.event_id == "1-1"]
+    assert told[-1].bytes == 80, "whoever follows is told when a child ends"
+    play.pinned(number + 2, slots=(0, 2))
+    play.committed(number + 2, n=2, present=(0,))
+    play.released(number + 2, deleted=2)
+    second, whole = play.view(number + 2), play.view(number)
+    assert (whole.state, whole.num_tokens, whole.bytes, whole.transport) == ("done", 10, 100, "tcp")
+    assert whole.progress == b.Progress(2, 2, 10, 10)
+    assert isinstance(first.phases_s, dict) and isinstance(second.phases_s, dict) and isinstance(whole.phases_s, dict)
+    assert whole.phases_s == {name: took + second.phases_s[name] for name, took in first.phases_s.items()}
+    (listed,) = play.log.newest(1, kind="drain")
+    assert (listed.bytes, listed.transport) == (100, "tcp")
+
+
+def _all(queue: asyncio.Queue[Any]) -> List[Any]:
+    return [queue.get_nowait() for _ in range(queue.qsize())]
+
+
+@pytest.mark.parametrize("with_details", [True, False])
+def test_a_drain_that_a_restart_ended_has_what_it_had_moved(with_details: bool) -> None:
+    play = Play()
+    play.log.keeper = keeper = Kept() if with_details else None
+    number = drained(play)
+    play.pinned(number + 2, slots=(0, 2))
+    machine = Controller(play.machine.spec)
+    log = EventLog(machine, keeper)
+    boot = m.Boot(journal=tuple(play.journal))
+    log.step(play.now, boot, machine.handle(play.now, boot))
+    view = log.get(number)
+    assert view is not None
+    assert (view.state, view.reason, view.num_tokens) == ("failed", "controller_restarted", 8)
+    assert (view.bytes, view.transport) == ((80, "tcp") if with_details else (msgspec.UNSET, msgspec.UNSET))
+
+
 class Kept:
     def __init__(self) -> None:
         self.rows: Dict[int, bytes] = {}
@@ -308,6 +425,18 @@ def test_several_events_as_one_go_on_while_one_does() -> None:
     both = together("x", [view("1", "done", 3), view("2", "failed", 0, "nothing_held")])
     assert (both.state, both.num_tokens, both.children) == ("done", 3, ["1", "2"])
     assert together("x", [view("1", "failed", 0, "nothing_held")]).reason == "nothing_held"
+
+
+def test_several_events_as_one_have_the_sum_of_what_they_brought() -> None:
+    def view(nbytes: int, via: str, begun: float, ended: float) -> EventView:
+        return EventView(
+            event_id="x", kind="drain", state="done", num_tokens=1, bytes=nbytes, transport=via,
+            begun=begun, ended=ended, phases_s={"copying": 0.5},
+        )  # fmt: skip
+
+    both = together("x", [view(5, "tcp", 10.0, 11.0), view(7, "nixl, tcp", 10.5, 14.0)])
+    assert (both.bytes, both.transport, both.begun, both.ended, both.duration_s) == (12, "tcp, nixl", 10.0, 14.0, 4.0)
+    assert both.phases_s == {"copying": 1.0}
 
 
 def test_a_dry_run_reckons_with_the_profile() -> None:
