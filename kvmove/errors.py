@@ -25,6 +25,7 @@ class RealUnavailable(UserError):
 KNOWN: Final = frozenset(
     {"ScenarioError", "BuildError", "ConfigError", "ProfileError", "HistoryError", "TransferError", "RunError"}
     | {"EndpointError", "InstanceError", "SlabError", "TokenizerError", "TopologyError", "KeysError"}
+    | {"PeerError", "LendError"}
 )
 
 

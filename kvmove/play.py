@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 import msgspec
 
@@ -20,11 +20,9 @@ from kvcore.scenario.loader import load
 from kvcore.scenario.result import Result, Violation
 from kvcore.scenario.schema import Scenario
 from kvmove import compare
+from kvmove.away import Fleet
 from kvmove.errors import RealUnavailable
 from kvmove.examine import Replay, examine, replayed
-
-if TYPE_CHECKING:
-    from kvreal.pool import Pool
 
 #: Modules that a real node imports, and the packages that they come from.
 REAL_NEEDS: Final = {"zmq": "pyzmq", "numpy": "numpy"}
@@ -84,7 +82,7 @@ class Player:
     """Plays scenarios, one after another. Real processes are started once for all of them, and ended with it.
 
     RealUnavailable at once if "real" is among ``worlds`` and this machine cannot do it. ``rates``: simulations tell
-    what crossed each link when, which a trace shows.
+    what crossed each link when, which a trace shows. ``peers``, ``secret``, ``bind``: as Fleet takes them.
     """
 
     def __init__(
@@ -95,12 +93,15 @@ class Player:
         progress: Progress = silent,
         budget: int = compare.BUDGET,
         rates: bool = False,
+        peers: Sequence[str] = (),
+        secret: bytes = b"",
+        bind: str = "",
     ) -> None:
         self.worlds: tuple[str, ...] = tuple(worlds)
         self.progress: Progress = progress
         self.budget: int = budget
         self.rates: bool = rates
-        self.pool: Pool | None = _pool(transport) if "real" in worlds else None
+        self.fleet: Fleet | None = _fleet(transport, peers, secret, bind) if "real" in worlds else None
         self.provides: tuple[str, ...] = _provides() if "real" in worlds else ()
 
     def __enter__(self) -> Player:
@@ -109,8 +110,8 @@ class Player:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self.pool is not None:
-            self.pool.close()
+        if self.fleet is not None:
+            self.fleet.close()
 
     def play(self, prepared: Prepared, log: Path, *, keep: bool = True) -> Played:
         """``log``: where the histories go, less their ending ``.sim.jsonl``. None stays if a run cannot end.
@@ -159,7 +160,8 @@ class Player:
             return simulate(built, history=history, rates=self.rates)
         from kvreal.run import run as run_for_real
 
-        return run_for_real(built, history=history, pool=self.pool)
+        assert self.fleet is not None
+        return run_for_real(built, history=history, pool=self.fleet.pool, elsewhere=self.fleet.elsewhere(built))
 
     def _compare(self, played: Played) -> None:
         """Replay and check what happened for real; hold it against the simulation, if there is one."""
@@ -183,16 +185,15 @@ def _provides() -> tuple[str, ...]:
     return provides()
 
 
-def _pool(transport: str) -> Pool:
+def _fleet(transport: str, peers: Sequence[str], secret: bytes, bind: str) -> Fleet:
     missing = [package for module, package in REAL_NEEDS.items() if importlib.util.find_spec(module) is None]
     if missing:
         raise RealUnavailable(
             f"the real world cannot run here: {' and '.join(missing)} not installed (pip install 'kvmove[real]')"
         )
-    from kvreal.pool import Pool
     from kvreal.transfer import TransferError
 
     try:
-        return Pool(transport)
+        return Fleet(transport, peers, secret, bind)
     except TransferError as error:
         raise RealUnavailable(f"the real world cannot run here: {error}") from None

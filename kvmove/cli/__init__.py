@@ -15,6 +15,7 @@ from typing import Annotated, Final
 import typer
 
 from kvmove.cli import (
+    bench,
     controller,
     demo,
     doctor,
@@ -24,6 +25,7 @@ from kvmove.cli import (
     keys,
     lookup,
     move,
+    peer,
     pin,
     protocol,
     run,
@@ -53,10 +55,12 @@ app.command("protocol")(protocol.protocol)
 app.command("search")(search.search)
 app.command("swarm")(swarm.swarm)
 app.command("demo")(demo.demo)
+app.command("bench")(bench.bench)
 app.command("doctor")(doctor.doctor)
 app.command("controller")(controller.controller)
 app.command("instance")(instance.instance)
 app.command("up")(up.up)
+app.command("peer")(peer.peer)
 app.add_typer(keys.app, name="keys")
 app.command("move")(move.move)
 app.command("drain")(move.drain)

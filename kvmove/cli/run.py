@@ -31,6 +31,22 @@ def run(
     transport: Annotated[
         str, typer.Option("--transport", help="What carries real bytes: auto, nixl, socket or tcp.", metavar="NAME")
     ] = "auto",
+    peers: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--peer",
+            help="An instance runs on another machine: tcp://HOST:PORT of a waiting `kvmove peer`, or ssh://HOST. "
+            "Without a name the scenario's last one. Repeatable.",
+            metavar="[INSTANCE=]URL",
+        ),
+    ] = None,
+    peer_token: Annotated[
+        str | None, typer.Option("--peer-token", help="The secret of those peers.", metavar="FILE")
+    ] = None,
+    peer_keys: Annotated[str | None, typer.Option("--peer-keys", help="Or the cluster's keys.", metavar="DIR")] = None,
+    bind: Annotated[
+        str, typer.Option("--bind", help="Where peers reach this machine, if that cannot be told.", metavar="ADDRESS")
+    ] = "",
     trace: Annotated[
         str | None, typer.Option("--trace", help="Write a timeline there, for ui.perfetto.dev.", metavar="OUT")
     ] = None,
@@ -54,6 +70,7 @@ def run(
     * `kvmove run scenarios/faults/*.yaml --seed 7 --history out/`
     * `kvmove run scenarios/smoke/prompt-4k.yaml --set network.links.a-b.bandwidth='25 Gbit/s'`
     * `kvmove run scenarios/smoke/prompt-4k.yaml --on both --trace out.json`
+    * `kvmove run scenarios/smoke/prompt-4k.yaml --on real --peer ssh://10.0.0.2`
 
     Exit status: 0 all good, 1 a check or expectation failed or a run hung, 2 bad input or a world that cannot run here,
     130 Ctrl-C.
@@ -63,6 +80,7 @@ def run(
     if json_out not in (None, "-") and not Path(json_out).absolute().parent.is_dir():
         raise UserError(f"--json {json_out}: there is no directory {Path(json_out).parent}")
     _check_trace(trace, trace_messages, files)
+    secret = _secret(worlds, peers, peer_token, peer_keys)
 
     from kvmove import report
     from kvmove.play import Played, Player, prepare
@@ -75,7 +93,15 @@ def run(
     with ExitStack() as stack:
         logs = _directory(history) if history else _scratch(stack)
         player = stack.enter_context(
-            Player(worlds, transport=transport, progress=output.progress, rates=trace is not None)
+            Player(
+                worlds,
+                transport=transport,
+                progress=output.progress,
+                rates=trace is not None,
+                peers=peers or (),
+                secret=secret,
+                bind=bind,
+            )
         )
         for one, name in zip(prepared, _log_names(files)):
             played = player.play(one, logs / name, keep=bool(history or trace))
@@ -120,6 +146,18 @@ def _directory(name: str) -> Path:
     except (FileExistsError, NotADirectoryError):
         raise UserError(f"--history {name}: expected a directory, and a file of that name is in the way") from None
     return path
+
+
+def _secret(worlds: tuple[str, ...], peers: list[str] | None, token: str | None, keys: str | None) -> bytes:
+    if not peers:
+        return b""
+    if "real" not in worlds:
+        raise UserError(f"--peer {peers[0]}: nothing runs there in simulation, expected --on real or both")
+    if token is not None and keys is not None:
+        raise UserError("--peer-token and --peer-keys: expected one of them")
+    from kvmove.cli.peer import shared_secret
+
+    return shared_secret(token, keys)
 
 
 def _check_trace(trace: str | None, messages: bool, files: list[str]) -> None:

@@ -73,9 +73,9 @@ def cases() -> list[object]:
 def player(pool: Pool) -> Iterator[Player]:
     """On the processes that the other tests of the real world use, too."""
     player = Player(("sim", "real"), transport=pool.transport)
-    assert player.pool is not None
-    player.pool.close()  # its own, which has started nobody yet
-    player.pool = pool
+    assert player.fleet is not None
+    player.fleet.pool.close()  # its own, which has started nobody yet
+    player.fleet.pool = pool
     yield player
 
 
