@@ -1,0 +1,230 @@
+"""Copies whole blocks, raw, between vLLM's paged KV tensors and chunk slots.
+
+Inside a block the bytes lie as this build of vLLM packs them (on CPUs by instruction set), so nothing smaller than a
+block has a meaning of its own, and equal packing is part of the namespace. A slot holds block after block of its
+chunk; a block's bytes are layer after layer, each layer's in the order in which its tensor has them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import mmap
+from typing import Any, Dict, Final, List, Sequence, Tuple
+
+import numpy as np
+
+from kvreal.engines.vllm.link import Shared
+
+SMALLEST_BATCH: Final = 64
+"""Blocks that a device copies at a time, at least."""
+
+
+class LayoutError(Exception):
+    """These tensors are not made of whole blocks; the message says which."""
+
+
+class Run:
+    """The part of one layer that is one contiguous run of ``nbytes`` in every block: block b's begins at
+    ``address + b * stride``."""
+
+    def __init__(self, address: int, stride: int, nbytes: int) -> None:
+        self.address: int = address
+        self.stride: int = stride
+        self.nbytes: int = nbytes
+
+
+class Paged:
+    """vLLM's KV: by blocks. ``block_bytes``: of all layers."""
+
+    def __init__(self, caches: Dict[str, Any], num_blocks: int) -> None:
+        """``caches``: layer -> tensor, as vLLM registers them. LayoutError."""
+        self.tensors: List[Tuple[Any, int]] = []
+        self.runs: List[Run] = []
+        seen: List[Tuple[int, Tuple[int, ...]]] = []
+        self.shape: Tuple[int, ...] = ()
+        for layer, tensor in caches.items():
+            if not hasattr(tensor, "data_ptr"):
+                raise LayoutError(f"{layer} has no single KV tensor: {type(tensor).__name__}")
+            if (tensor.data_ptr(), tuple(tensor.shape)) in seen:
+                continue  # layers that share their KV
+            seen.append((tensor.data_ptr(), tuple(tensor.shape)))
+            axis = _block_axis(layer, tensor, num_blocks)
+            self.tensors.append((tensor, axis))
+            self.runs += _runs(layer, tensor, axis)
+            shape = tuple(n for i, n in enumerate(tensor.shape) if i != axis)
+            if self.shape and shape != self.shape:
+                raise LayoutError(f"{layer} has blocks of {shape}, other layers of {self.shape}")
+            self.shape = shape
+        if not self.runs:
+            raise LayoutError("no KV tensors")
+        self.num_blocks: int = num_blocks
+        self.layers: int = len(self.tensors)
+        self.block_bytes: int = sum(run.nbytes for run in self.runs)
+        self.device: str = str(self.tensors[0][0].device.type)
+        self.dtype: str = str(self.tensors[0][0].dtype).removeprefix("torch.")
+
+
+def _block_axis(layer: str, tensor: Any, num_blocks: int) -> int:
+    for axis, size in enumerate(tensor.shape):
+        if size == num_blocks:
+            return axis
+    raise LayoutError(f"{layer} has KV of shape {tuple(tensor.shape)}, expected an axis of {num_blocks} blocks")
+
+
+def _runs(layer: str, tensor: Any, axis: int) -> List[Run]:
+    """What comes after the block axis must be contiguous; each combination of what comes before it is a run."""
+    inner = tensor[tuple([0] * (axis + 1))] if axis + 1 < tensor.dim() else tensor[tuple([0] * axis)][:1]
+    if not inner.is_contiguous():
+        raise LayoutError(
+            f"{layer} has KV of shape {tuple(tensor.shape)} and strides {tuple(tensor.stride())}: its blocks are not "
+            "contiguous"
+        )
+    item = tensor.element_size()
+    found = []
+    for outer in np.ndindex(*tensor.shape[:axis]):
+        offset = sum(i * tensor.stride(d) for d, i in enumerate(outer))
+        found.append(Run(tensor.data_ptr() + offset * item, tensor.stride(axis) * item, inner.numel() * item))
+    return found
+
+
+class Slots:
+    """The rank's slabs, mapped here."""
+
+    def __init__(self, places: Sequence[Shared], fds: Sequence[int]) -> None:
+        self.maps: List[mmap.mmap] = [mmap.mmap(fd, 0) for fd in fds]
+        self.bases: List[int] = [_address(one) for one in self.maps]
+        self.places: Dict[str, Shared] = {place.name: place for place in places}
+
+    def address(self, location: str, slot: int) -> int:
+        place = self.places[location]
+        if not 0 <= slot < place.slots:
+            raise LayoutError(f"{location} has {place.slots} slots, not {slot}")
+        return self.bases[place.slab] + place.start + slot * place.slot_bytes
+
+
+def _address(one: mmap.mmap) -> int:
+    return int(np.frombuffer(one, dtype=np.uint8).ctypes.data)
+
+
+class Rows:
+    """Which block goes with which place: block ``blocks[i]`` and ``addresses[i]``, ``block_bytes`` each."""
+
+    def __init__(self, slots: Slots, block_bytes: int, blocks_per_chunk: int) -> None:
+        self.slots: Slots = slots
+        self.block_bytes: int = block_bytes
+        self.per_chunk: int = blocks_per_chunk
+        self.blocks: List[int] = []
+        self.addresses: List[int] = []
+
+    def add(self, block: int, location: str, slot: int, index: int) -> None:
+        """``index``: the block's place within its chunk."""
+        self.blocks.append(block)
+        self.addresses.append(self.slots.address(location, slot) + index * self.block_bytes)
+
+
+class HostCopier:
+    """KV in this process's own memory. Each copy releases the interpreter lock."""
+
+    def __init__(self, paged: Paged, slots: Slots) -> None:
+        self.runs: List[Run] = paged.runs
+
+    def mark(self) -> Any:
+        """Now: what is to be stored has been computed by then. Called by the thread that computes."""
+        return None
+
+    def store(self, rows: Rows, mark: Any) -> None:
+        move = ctypes.memmove
+        for block, address in zip(rows.blocks, rows.addresses):
+            for run in self.runs:
+                move(address, run.address + block * run.stride, run.nbytes)
+                address += run.nbytes
+
+    def load(self, rows: Rows, mark: Any) -> None:
+        move = ctypes.memmove
+        for block, address in zip(rows.blocks, rows.addresses):
+            for run in self.runs:
+                move(run.address + block * run.stride, address, run.nbytes)
+                address += run.nbytes
+
+
+class DeviceCopier:
+    """KV in a device's memory: blocks are gathered there, and cross the bus in one piece a batch, from page-locked
+    memory where CUDA can lock it, on a stream of their own."""
+
+    def __init__(self, paged: Paged, slots: Slots) -> None:
+        import torch
+
+        self.torch: Any = torch
+        self.tensors: List[Tuple[Any, int]] = paged.tensors
+        self.block_bytes: int = paged.block_bytes
+        self.device: Any = paged.tensors[0][0].device
+        self.stream: Any = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        if self.stream is not None:
+            for base, one in zip(slots.bases, slots.maps):
+                torch.cuda.cudart().cudaHostRegister(base, len(one), 0)
+
+    def _host(self, address: int, nbytes: int) -> Any:
+        return self.torch.from_numpy(np.ctypeslib.as_array((ctypes.c_uint8 * nbytes).from_address(address)))
+
+    def _batches(self, rows: Rows) -> List[Tuple[int, int]]:
+        step = max(SMALLEST_BATCH, (64 << 20) // self.block_bytes)
+        return [(i, min(i + step, len(rows.blocks))) for i in range(0, len(rows.blocks), step)]
+
+    def _parts(self, staged: Any) -> List[Any]:
+        """``staged`` (blocks x bytes): each layer's columns."""
+        found = []
+        first = 0
+        for tensor, axis in self.tensors:
+            size = tensor.numel() // tensor.shape[axis] * tensor.element_size()
+            found.append(staged[:, first : first + size])
+            first += size
+        return found
+
+    def mark(self) -> Any:
+        if self.stream is None:
+            return None
+        event = self.torch.cuda.Event()
+        event.record(self.torch.cuda.current_stream(self.device))
+        return event
+
+    def store(self, rows: Rows, mark: Any) -> None:
+        torch = self.torch
+        with self._on_stream(mark):
+            for first, last in self._batches(rows):
+                ids = torch.tensor(rows.blocks[first:last], device=self.device)
+                staged = torch.empty((last - first, self.block_bytes), dtype=torch.uint8, device=self.device)
+                for (tensor, axis), part in zip(self.tensors, self._parts(staged)):
+                    taken = tensor.index_select(axis, ids).movedim(axis, 0).contiguous()
+                    part.copy_(taken.view(torch.uint8).reshape(last - first, -1))
+                for i in range(first, last):
+                    self._host(rows.addresses[i], self.block_bytes).copy_(staged[i - first], non_blocking=True)
+                self._wait()
+
+    def load(self, rows: Rows, mark: Any) -> None:
+        torch = self.torch
+        with self._on_stream(mark):
+            for first, last in self._batches(rows):
+                ids = torch.tensor(rows.blocks[first:last], device=self.device)
+                staged = torch.empty((last - first, self.block_bytes), dtype=torch.uint8, device=self.device)
+                for i in range(first, last):
+                    staged[i - first].copy_(self._host(rows.addresses[i], self.block_bytes), non_blocking=True)
+                for (tensor, axis), part in zip(self.tensors, self._parts(staged)):
+                    shape = [last - first, *[n for d, n in enumerate(tensor.shape) if d != axis]]
+                    tensor.index_copy_(axis, ids, part.contiguous().view(tensor.dtype).view(shape).movedim(0, axis))
+                self._wait()
+
+    def _on_stream(self, mark: Any) -> Any:
+        if self.stream is None:
+            return contextlib.nullcontext()
+        if mark is not None:
+            self.stream.wait_event(mark)
+        return self.torch.cuda.stream(self.stream)
+
+    def _wait(self) -> None:
+        if self.stream is not None:
+            self.stream.synchronize()
+
+
+def copier(paged: Paged, slots: Slots) -> Any:
+    return HostCopier(paged, slots) if paged.device == "cpu" else DeviceCopier(paged, slots)

@@ -1,0 +1,220 @@
+"""One rank's process beside one vLLM worker: ``python -m kvreal.engines.vllm.rank``.
+
+The worker starts it with one end of a socket pair as its standard input, and gets its slabs' descriptors over that. The
+process ends with the worker (the kernel sees to it, also when the worker is killed), with vLLM's scheduler process, and
+with vLLM's server process: an engine that lacks one of them serves nobody, and what it held must not be believed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import socket
+import struct
+import sys
+import uuid
+from typing import Any, Final, List, Sequence, Set
+
+import msgspec
+
+from kvcore.protocol.messages import Namespace
+from kvreal.engines.vllm.desk import Desk, Elsewhere
+from kvreal.engines.vllm.link import (
+    Drop,
+    Failed,
+    Filled,
+    LinkError,
+    Loaded,
+    Look,
+    Ready,
+    Renew,
+    Shared,
+    Store,
+    Unpacker,
+    Watch,
+    pack,
+)
+from kvreal.host import die_with_parent
+from kvreal.instance_file import InstanceFile, read
+from kvreal.logs import configure
+from kvreal.rank import Local, Registration, keys_of
+from kvreal.transfer import proof
+
+log = logging.getLogger("kvmove.engine")
+
+GOOD: Final = 0
+FAILED: Final = 1
+
+
+class Rank:
+    def __init__(self, file: InstanceFile, rank: int, sink: int, worker: socket.socket) -> None:
+        self.file: InstanceFile = file
+        self.rank: int = rank
+        self.worker: socket.socket = worker
+        self.local: Local = Local(file, rank, sink, self._said, keys_of(file), Elsewhere, shared=True)
+        self.desk: Desk = Desk(self.local)
+        self.over: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self.tasks: Set[asyncio.Task[None]] = set()
+
+    def _said(self, registration: Registration) -> None:
+        if registration.state == "registered":
+            log.info("rank %d of %s is registered", self.rank, self.file.instance)
+        elif registration.text:
+            log.error("rank %d: %s", self.rank, registration.text)
+
+    def _ended(self, why: str) -> None:
+        if not self.over.done():
+            self.over.set_result(why)
+
+    async def run(self) -> int:
+        """Until the engine has gone, or the machine cannot go on."""
+        loop = asyncio.get_running_loop()
+        await self.local.start()
+        address = f"kvmove-{os.getpid()}-{uuid.uuid4().hex[:12]}"
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        sock.bind("\0" + address)
+        server = await asyncio.start_unix_server(self._client, sock=sock, limit=1 << 20)
+        self._ready(address)
+        self.worker.setblocking(False)
+        loop.add_reader(self.worker.fileno(), self._worker_readable)
+        failed = self.local.service.failed
+        assert failed is not None
+        failed.add_done_callback(lambda future: self._ended(f"the machine cannot go on: {future.result()}"))
+        why = await self.over
+        log.warning("rank %d of %s ends: %s", self.rank, self.file.instance, why)
+        server.close()
+        await self.local.stop()
+        return FAILED if failed.done() else GOOD
+
+    def _ready(self, address: str) -> None:
+        memory = self.local.service.worker.memory
+        slabs = memory.slabs()
+        places: List[Shared] = []
+        for name, (slab, start) in memory.homes.items():
+            place = memory.places[name]
+            places.append(Shared(name, slabs.index(slab), start, place.slots, place.slot_bytes))
+        ready = Ready(address, tuple(places), self.local.service.worker.transfer.name)
+        socket.send_fds(self.worker, [pack(ready)], [slab.fd for slab in slabs])
+
+    def _worker_readable(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            try:
+                if self.worker.recv(4096):
+                    return
+            except ConnectionError:
+                pass
+            asyncio.get_running_loop().remove_reader(self.worker.fileno())
+            self._ended("vLLM's worker has gone")
+
+    # ---- connections
+    async def _client(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        sock = writer.get_extra_info("socket")
+        _, uid, _ = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+        if uid != os.getuid():
+            writer.close()
+            return
+        unpacker = Unpacker()
+        scheduler = False
+        try:
+            while data := await reader.read(1 << 18):
+                for frame in unpacker.feed(data):
+                    if isinstance(frame, Watch):
+                        scheduler = True
+                        self._watch(frame.parent)
+                    else:
+                        self._answer(frame, writer)
+        except (LinkError, OSError) as error:
+            log.warning("rank %d: a connection ends: %s", self.rank, error)
+        except Exception as error:  # an engine is told nothing, and takes that for a miss
+            log.exception("rank %d: %s", self.rank, error)
+        finally:
+            self.desk.gone(writer)
+            writer.close()
+            if scheduler:
+                self._ended("vLLM's scheduler has gone")
+
+    def _answer(self, frame: Any, writer: asyncio.StreamWriter) -> None:
+        desk = self.desk
+        if isinstance(frame, Look):
+            writer.write(pack(desk.look(frame, writer)))
+        elif isinstance(frame, Loaded):
+            writer.write(pack(desk.loaded(frame)))
+        elif isinstance(frame, Store):
+            writer.write(pack(desk.store(frame, writer)))
+        elif isinstance(frame, Renew):
+            desk.renew(frame)
+        elif isinstance(frame, Drop):
+            desk.drop(frame)
+        elif isinstance(frame, Filled):
+            task = asyncio.create_task(self._filled(frame, writer))
+            self.tasks.add(task)
+            task.add_done_callback(self.tasks.discard)
+        else:
+            raise LinkError(f"{type(frame).__name__} is not for a rank to hear")
+
+    async def _filled(self, frame: Filled, writer: asyncio.StreamWriter) -> None:
+        told = await self.desk.filled(frame)
+        if not writer.is_closing():
+            writer.write(pack(told))
+
+    def _watch(self, parent: int) -> None:
+        """End with process ``parent`` too: vLLM's scheduler outlives its server when that is killed."""
+        if not parent:
+            return
+        try:
+            fd = os.pidfd_open(parent)
+        except ProcessLookupError:
+            self._ended("vLLM's server has gone")
+            return
+        loop = asyncio.get_running_loop()
+
+        def gone() -> None:
+            loop.remove_reader(fd)
+            os.close(fd)
+            self._ended("vLLM's server has gone")
+
+        loop.add_reader(fd, gone)
+
+
+async def _serve(args: argparse.Namespace, sink: int, worker: socket.socket) -> int:
+    space = msgspec.json.decode(args.space, type=Namespace)
+    return await Rank(read(args.config, space=space), args.rank, sink, worker).run()
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="kvreal.engines.vllm.rank", description="one rank, started by a vLLM worker")
+    parser.add_argument("--rank", type=int, required=True)
+    parser.add_argument("--parent", type=int, required=True)
+    parser.add_argument("--config", required=True)
+    parser.add_argument("--space", required=True)
+    args = parser.parse_args(list(argv))
+    die_with_parent(args.parent)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)  # the worker ends this process by hanging up
+    worker = socket.socket(fileno=os.dup(0))
+    _free_of_the_workers_cores()
+    _, sink = proof.redirect_stdout()
+    configure()
+    try:
+        return asyncio.run(_serve(args, sink, worker))
+    except Exception as error:
+        with contextlib.suppress(OSError):
+            worker.setblocking(True)
+            worker.sendall(pack(Failed(f"rank {args.rank}: {' '.join(str(error).split())}")))
+        return FAILED
+
+
+def _free_of_the_workers_cores() -> None:
+    """vLLM binds a CPU worker to cores of its own; a process that it starts inherits that."""
+    with contextlib.suppress(OSError):
+        os.sched_setaffinity(0, range(os.cpu_count() or 1))
+
+
+if __name__ == "__main__":
+    status = main(sys.argv[1:])
+    sys.stderr.flush()
+    os._exit(status)  # daemon threads may sit in a transport's C code

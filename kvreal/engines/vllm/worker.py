@@ -1,0 +1,278 @@
+"""The connector's side in a vLLM worker: starts this worker's rank, and copies between its slots and KV blocks.
+
+Stores run in a thread of their own, while the next steps run; so do large loads. A load counts only if the rank still
+held its slots when the copy was over. Whatever fails is a prompt that is not stored, or blocks that vLLM is told of.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import queue
+import socket
+import subprocess
+import sys
+import threading
+import time
+from typing import Any, Dict, Final, Optional, Set, Tuple
+
+import msgspec
+
+from kvcore.protocol.messages import Namespace
+from kvreal.engines.vllm.blocks import Paged, Rows, Slots, copier
+from kvreal.engines.vllm.link import Failed, Filled, Link, LinkError, Loaded, Ready, Store, receive_ready
+from kvreal.engines.vllm.plan import Load, Plan, Save
+from kvreal.engines.vllm.tally import Counts, Tally
+
+log = logging.getLogger("kvmove.engine")
+
+START_S: Final = 120.0
+ANSWER_S: Final = 2.0
+"""How long a copy's end waits for the rank's word."""
+
+
+class StartError(Exception):
+    """The rank's process does not start; one line."""
+
+
+class LoadFailed(Exception):
+    """``reason``: one word, for the metrics."""
+
+    def __init__(self, reason: str, text: str) -> None:
+        super().__init__(text)
+        self.reason: str = reason
+
+
+class Child:
+    """The rank's process. It ends when this one does, or hangs up."""
+
+    def __init__(self, config: str, space: Namespace, rank: int) -> None:
+        """StartError."""
+        self.sock, theirs = socket.socketpair()
+        command = [
+            sys.executable, "-m", "kvreal.engines.vllm.rank", "--rank", str(rank), "--parent", str(os.getpid()),
+            "--config", config, "--space", msgspec.json.encode(space).decode(),
+        ]  # fmt: skip
+        with theirs:
+            self.process: subprocess.Popen[bytes] = subprocess.Popen(command, stdin=theirs.fileno())
+        self.ready: Ready
+        try:
+            said, fds = receive_ready(self.sock, START_S)
+            if isinstance(said, Failed):
+                raise StartError(said.why)
+            self.ready = said
+            self.slots: Slots = Slots(said.places, fds)
+        except (LinkError, OSError) as error:
+            raise StartError(f"rank {rank}: {error}") from None
+        finally:
+            if not hasattr(self, "slots"):
+                self.stop()
+        for fd in fds:
+            os.close(fd)
+
+    def stop(self) -> None:
+        self.sock.close()
+        try:
+            self.process.wait(5)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+
+
+class Speaker:
+    """A link that is opened when it is needed, and anew after it broke. One thread uses it."""
+
+    def __init__(self, address: str) -> None:
+        self.address: str = address
+        self.link: Optional[Link] = None
+
+    def ask(self, frame: Any) -> Any:
+        """LinkError."""
+        if self.link is None:
+            self.link = Link(self.address)
+        try:
+            return self.link.ask(frame, ANSWER_S)
+        except LinkError:
+            self.link.close()
+            self.link = None
+            raise
+
+
+class Worker:
+    def __init__(self, config: str, space: Namespace, rank: int, paged: Paged) -> None:
+        """StartError."""
+        self.rank: int = rank
+        self.paged: Paged = paged
+        self.block: int = space.block_tokens
+        self.per_chunk: int = space.chunk_tokens // space.block_tokens
+        self.child: Child = Child(config, space, rank)
+        self.address: str = self.child.ready.address
+        self.copier: Any = copier(paged, self.child.slots)
+        self.lock: threading.Lock = threading.Lock()
+        self.tally: Tally = Tally()
+        self.errors: Set[int] = set()
+        self.received: Set[str] = set()
+        self.saving: Dict[str, int] = {}
+        """Request -> saves under way; 0: none any more, and its end has not been told."""
+        self.ended: Set[str] = set()
+        """Requests that have finished, and whose blocks are still read from."""
+        self.idle: threading.Condition = threading.Condition(self.lock)
+        self.here: Speaker = Speaker(self.address)
+        self.load_queue: queue.SimpleQueue[Tuple[Load, Any]] = queue.SimpleQueue()
+        self.save_queue: queue.SimpleQueue[Tuple[Save, Any]] = queue.SimpleQueue()
+        for name, work in (("kvmove load", self._loads), ("kvmove store", self._saves)):
+            threading.Thread(target=work, name=name, daemon=True).start()
+
+    # ---- a step
+    def preempted(self, plan: Plan) -> None:
+        """Blocks change hands: wait until no save reads from any."""
+        if plan.preempted:
+            with self.idle:
+                self.idle.wait_for(lambda: not any(self.saving.values()), timeout=10.0)
+
+    def start_loads(self, plan: Plan) -> None:
+        for load in plan.loads:
+            if load.sync:
+                self._load(load, self.copier.mark(), self.here)
+            else:
+                self.load_queue.put((load, self.copier.mark()))
+
+    def fail(self, loads: Tuple[Load, ...]) -> None:
+        """None of these is loaded."""
+        with self.lock:
+            for load in loads:
+                self.errors.update(load.blocks)
+                if not load.sync:
+                    self.received.add(load.request)
+
+    def start_saves(self, plan: Plan) -> None:
+        for save in plan.saves:
+            with self.lock:
+                sound = self.errors.isdisjoint(save.blocks)
+                self.saving[save.request] = self.saving.get(save.request, 0) + sound
+            if sound:
+                self.save_queue.put((save, self.copier.mark()))
+
+    def finished(self, requests: Set[str]) -> Tuple[Set[str], Set[str]]:
+        """(requests whose blocks are not read from any more, requests whose loads have ended)."""
+        with self.lock:
+            self.ended |= {request for request in requests if request in self.saving}
+            sent = {request for request in self.ended if not self.saving[request]}
+            self.ended -= sent
+            for request in sent:
+                del self.saving[request]
+            received, self.received = self.received, set()
+        return sent, received
+
+    def take_errors(self) -> Set[int]:
+        with self.lock:
+            errors, self.errors = self.errors, set()
+        return errors
+
+    def take_counts(self) -> Counts:
+        with self.lock:
+            return self.tally.take()
+
+    # ---- loads
+    def _loads(self) -> None:
+        on_all_cores()
+        speaker = Speaker(self.address)
+        while True:
+            load, mark = self.load_queue.get()
+            self._load(load, mark, speaker)
+            with self.lock:
+                self.received.add(load.request)
+
+    def _load(self, load: Load, mark: Any, speaker: Speaker) -> None:
+        began = time.monotonic()
+        mode = "sync" if load.sync else "async"
+        try:
+            self.copy_in(load, mark)
+            told = speaker.ask(Loaded(load.name))
+            if not told.ok:
+                raise LoadFailed(told.why, "the rank did not hold it until the end")
+        except Exception as error:
+            reason = error.reason if isinstance(error, LoadFailed) else type(error).__name__
+            log.error("load of %d tokens for %s failed (%s): %s%s", load.num_tokens, load.request, reason, error,
+                      f"; moved here by event {load.event}" if load.event else "",
+                      extra={"event": load.event})  # fmt: skip
+            with self.lock:
+                self.errors.update(load.blocks)
+                self.tally.add("load_failures", 1, reason)
+                if not self.rank:
+                    self.tally.add("failed_load_tokens", load.num_tokens, reason)
+            return
+        with self.lock:
+            if not self.rank:  # each rank has loaded its part of the same tokens
+                tier = load.found[0][0]
+                for source, count in (("moved", load.moved), ("stored", load.num_tokens - load.moved)):
+                    if count:
+                        self.tally.add("loaded_tokens", count, source, tier)
+                self.tally.add("loads", 1, mode)
+                self.tally.add("load_seconds", time.monotonic() - began, mode)
+
+    def copy_in(self, load: Load, mark: Any) -> None:
+        location, slots = load.found[self.rank]
+        rows = Rows(self.child.slots, self.paged.block_bytes, self.per_chunk)
+        for i, block in enumerate(load.blocks):
+            chunk, index = divmod(load.first + i, self.per_chunk)
+            rows.add(block, location, slots[chunk], index)
+        self.copier.load(rows, mark)
+
+    # ---- saves
+    def _saves(self) -> None:
+        on_all_cores()
+        speaker = Speaker(self.address)
+        while True:
+            save, mark = self.save_queue.get()
+            began = time.monotonic()
+            why = ""
+            stored: Tuple[int, str] = (0, "")
+            try:
+                stored, why = self._save(save, mark, speaker)
+            except Exception as error:
+                why = type(error).__name__
+                log.error("the prompt of %s is not stored: %s: %s", save.request, why, error)
+            with self.idle:
+                self.saving[save.request] -= 1
+                self.idle.notify_all()
+                if why:
+                    self.tally.add("store_short", 1, why)
+                if stored[0] and not self.rank:
+                    self.tally.add("stored_tokens", stored[0], stored[1])
+                    self.tally.add("stores", 1)
+                    self.tally.add("store_seconds", time.monotonic() - began)
+
+    def _save(self, save: Save, mark: Any, speaker: Speaker) -> Tuple[Tuple[int, str], str]:
+        """((tokens stored, where), why not all of them)."""
+        room = speaker.ask(Store(save.name, save.prompt))
+        if not room.chunks:
+            return (0, room.location), room.why
+        ok = False
+        try:
+            self.copy_out(save, room.location, room.chunks, room.slots, mark)
+            ok = True
+        finally:
+            with contextlib.suppress(LinkError) if not ok else contextlib.nullcontext():
+                told = speaker.ask(Filled(save.name, ok))
+        return (told.num_tokens, room.location), told.why
+
+    def copy_out(self, save: Save, location: str, chunks: Tuple[int, ...], slots: Tuple[int, ...], mark: Any) -> None:
+        rows = Rows(self.child.slots, self.paged.block_bytes, self.per_chunk)
+        for chunk, slot in zip(chunks, slots):
+            first = chunk * self.per_chunk
+            for index, block in enumerate(save.blocks[first : first + self.per_chunk]):
+                rows.add(block, location, slot, index)
+        self.copier.store(rows, mark)
+
+    def close(self) -> None:
+        self.child.stop()
+
+
+def on_all_cores() -> None:
+    """This thread, where the main one is bound to cores that it computes on."""
+    with contextlib.suppress(OSError):
+        os.sched_setaffinity(0, range(os.cpu_count() or 1))
+
+
