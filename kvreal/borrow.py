@@ -30,7 +30,7 @@ from kvreal import control as c
 from kvreal import lend
 from kvreal.pool import Host, HostError, Lender
 from kvreal.transfer import available
-from kvreal.transfer.frames import TransferError, asked, read_message, send_message
+from kvreal.transfer.frames import TransferError, ask, read_challenge, read_message, send_message, told
 
 TIMEOUT_S: Final = 10.0
 SSH_TIMEOUT_S: Final = 60.0
@@ -114,7 +114,7 @@ class Borrowed(Lender):
         here, there = available(), self.loan.transports
         if transport == "auto" and tuple(here) == tuple(there):
             return transport
-        both = [name for name in (here if transport == "auto" else [transport]) if name in there]
+        both = [name for name in (here if transport == "auto" else [transport]) if lend.needs(name) in there]
         if not both:
             raise PeerError(f"{self.name}: transport {transport}: it has only {', '.join(there)}")
         return both[0]
@@ -127,7 +127,7 @@ class Borrowed(Lender):
         try:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-            answer = _first_answer(asked(sock, lend.encode(first), self.secret, self.name, TIMEOUT_S))
+            answer = _first_answer(prove(sock, lend.encode(first), self.secret, self.name))
         except (OSError, TransferError, msgspec.MsgspecError, ValueError) as error:
             sock.close()
             hung_up = isinstance(error, ConnectionError)
@@ -190,6 +190,12 @@ class Borrowed(Lender):
     def close(self) -> None:
         super().close()
         self.sock.close()
+
+
+def prove(sock: socket.socket, body: bytes, secret: bytes, who: str) -> bytes:
+    """Each side proves that it has the secret; the answer to ``body``. TransferError: it has not."""
+    theirs = read_challenge(sock, who)
+    return told(sock, secret, theirs, ask(sock, body, secret, theirs), who)
 
 
 def _flat(local: Path) -> str:

@@ -150,6 +150,11 @@ def version() -> str:
         return "unknown"
 
 
+def needs(transport: str) -> str:
+    """What must be ``available`` for it."""
+    return "socket" if transport == "tcp" else transport
+
+
 class Loan:
     """One borrower's: its nodes and its folder."""
 

@@ -27,7 +27,7 @@ def peer(
     ],
     token: Annotated[
         str | None,
-        typer.Option("--token", help="The secret that both sides share; made if missing. - is stdin.", metavar="FILE"),
+        typer.Option("--token", help="The secret that both sides share; made if missing. -: stdin's.", metavar="FILE"),
     ] = None,
     keys: Annotated[
         str | None, typer.Option("--keys", help="The cluster's keys, instead of a token.", metavar="DIR")
@@ -50,7 +50,7 @@ def peer(
     except ImportError as error:
         raise RealUnavailable(f"a peer needs more ({error}): pip install 'kvmove[real]'") from None
     by_stdin = token == "-"
-    secret = _secret(borrow.secret_of(sys.stdin.buffer.readline(), "stdin") if by_stdin else b"", token, keys)
+    secret = _secret(_told() if by_stdin else b"", token, keys)
     host, port = _address(listen)
     waiting = lend.Peer(host, port, secret, lambda text: print(f"kvmove: {text}", file=sys.stderr, flush=True))
     print(f"{waiting.address[0]}:{waiting.address[1]}", flush=True)
@@ -67,6 +67,17 @@ def _secret(told: bytes, token: str | None, keys: str | None) -> bytes:
     if (token is None) == (keys is None):
         raise UserError("peer: expected --token FILE or --keys DIR, so that not everybody can come in")
     return told or shared_secret(token, keys, make=True)
+
+
+def _told() -> bytes:
+    """The secret itself, as a borrower that starts this by ssh gives it."""
+    try:
+        secret = bytes.fromhex(sys.stdin.readline().strip())
+    except ValueError:
+        secret = b""
+    if len(secret) != 32:
+        raise UserError("--token -: expected a line of 64 hex digits on standard input")
+    return secret
 
 
 def shared_secret(token: str | None, keys: str | None, *, make: bool = False) -> bytes:
