@@ -24,6 +24,7 @@ from kvreal.http.events import EventLog, Keeper
 from kvreal.http.face import Face
 from kvreal.http.face import Settings as FaceSettings
 from kvreal.http.watching import watching
+from kvreal.loop import runner, settle
 from kvreal.service import JournalLike, Service
 
 log = logging.getLogger("kvmove.controller")
@@ -192,6 +193,7 @@ class ControllerProcess:
             loop.add_signal_handler(number, self.end)
         assert self.service.failed is not None
         self.service.failed.add_done_callback(lambda future: self.end(FAILED))
+        settle()
         say(self.line(time.monotonic() - begun))
         try:
             if not self.service.failed.done():
@@ -237,15 +239,6 @@ def run(settings: Settings, open_: Callable[[], Opened]) -> int:
     finally:
         http.close()
         sys.stdout.flush()
-
-
-def runner() -> asyncio.Runner:
-    """With uvloop where it is installed."""
-    try:
-        import uvloop
-    except ImportError:
-        return asyncio.Runner()
-    return asyncio.Runner(loop_factory=uvloop.new_event_loop)
 
 
 def checked_hosts(settings: Settings, authenticated: bool, encrypted: bool) -> Sequence[str]:

@@ -17,6 +17,7 @@ import uvicorn
 from kvreal.http.instance import make_app
 from kvreal.http.serving import Serving
 from kvreal.instance_file import InstanceFile
+from kvreal.loop import runner, settle
 from kvreal.rank import Child, Local, Registration, keys_of
 from kvreal.tokenizer import make as make_tokenizer
 from kvreal.transfer import proof
@@ -145,6 +146,7 @@ class Instance:
             for child in self.children:
                 await child.start()
             await self.local.start()
+            settle()
             if not self.why:
                 self.say(self.line(sock.getsockname()[1]))
                 loop.call_later(PATIENCE_S, self._still_waiting)
@@ -191,7 +193,8 @@ def run(file: InstanceFile, settings: Settings) -> Union[int, str]:
         return await instance.run(sock)
 
     try:
-        status: Any = asyncio.run(whole())
+        with runner() as one:
+            status: Any = one.run(whole())
     finally:
         sock.close()
     if instance is not None and instance.why:

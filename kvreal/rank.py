@@ -32,6 +32,7 @@ from kvreal.http.serving import Held, RankGone
 from kvreal.instance_file import InstanceFile, read
 from kvreal.keys import Keys, load
 from kvreal.logs import StepLog, configure
+from kvreal.loop import runner, settle
 from kvreal.memory import Memory
 from kvreal.service import Service, ServiceStopped, WorkerParts
 from kvreal.transfer import Transfer, TransferError, make, proof
@@ -282,6 +283,7 @@ async def _serve(file: InstanceFile, rank: int, sink: int, sock: socket.socket) 
     channel = await Channel.over(sock)
     local = Local(file, rank, sink, channel.say, keys_of(file))
     await local.start()
+    settle()
     open_tasks: set[asyncio.Task[None]] = set()
 
     async def answer(ask: Ask) -> None:
@@ -324,7 +326,8 @@ def main(argv: Sequence[str]) -> int:
     _, sink = proof.redirect_stdout()
     configure()
     try:
-        asyncio.run(_serve(read(args.config, args.model), args.rank, sink, sock))
+        with runner() as one:
+            one.run(_serve(read(args.config, args.model), args.rank, sink, sock))
     except Exception as error:
         body = _encode(Registration("failed", f"rank {args.rank}: {' '.join(str(error).split())}"))
         sock.setblocking(True)
