@@ -46,7 +46,7 @@ def peer(
     * elsewhere, with nothing waiting: `kvmove run FILE --on real --peer ssh://10.0.0.2`
     """
     try:
-        from kvreal import borrow, lend
+        from kvreal import lend
     except ImportError as error:
         raise RealUnavailable(f"a peer needs more ({error}): pip install 'kvmove[real]'") from None
     by_stdin = token == "-"
