@@ -30,8 +30,28 @@ INTEGERS: Final = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 DIMENSIONS: Final = ("block", "token", "head", "channel")
 
 
+class Piece(msgspec.Struct, frozen=True):
+    """``count`` tokens of a chunk, from its token ``first`` on, that lie in ``block`` from ``offset`` on."""
+
+    block: int
+    offset: int
+    first: int
+    count: int
+
+
+class Cut(msgspec.Struct, frozen=True):
+    """Tokens [first, last) of a chunk fill ``blocks``; the others lie in ``pieces``, or (``absent``) nowhere."""
+
+    blocks: Tensor
+    first: int
+    last: int
+    pieces: List[Piece]
+    absent: bool
+
+
 class View(msgspec.Struct, frozen=True):
-    """A plane in the engine's memory: integers, as [block][token...][head][channel...], any strides."""
+    """A plane in the engine's memory: integers, as [block][token...][head][channel...], any strides.
+    ``rows`` are its items as [token][head * channel], contiguous."""
 
     plane: Plane
     tensor: Tensor
@@ -41,6 +61,44 @@ class View(msgspec.Struct, frozen=True):
     def row(self) -> int:
         """Items of one token."""
         return self.plane.part.heads * self.plane.part.channels
+
+    def take(self, cut: Cut, rows: Tensor) -> None:
+        """Out of the blocks into ``rows``."""
+        if cut.absent:
+            rows.zero_()
+        if cut.blocks is not None:
+            out = rows[cut.first : cut.last].view(len(cut.blocks), *self.tensor.shape[1:])
+            torch.index_select(self.tensor, 0, cut.blocks, out=out)
+        for piece in cut.pieces:
+            there = self._narrow(piece) if self.token_dims == 1 else self.tensor[self._where(piece)]
+            self._piece(rows, piece).copy_(there)
+
+    def give(self, cut: Cut, rows: Tensor) -> None:
+        """Out of ``rows`` into the blocks."""
+        if cut.blocks is not None:
+            source = rows[cut.first : cut.last].view(len(cut.blocks), *self.tensor.shape[1:])
+            _put(self.tensor, cut.blocks, source)
+        for piece in cut.pieces:
+            if self.token_dims == 1:
+                self._narrow(piece).copy_(self._piece(rows, piece))
+            else:
+                self.tensor[self._where(piece)] = self._piece(rows, piece)
+
+    def _piece(self, rows: Tensor, piece: Piece) -> Tensor:
+        shape = (piece.count, *self.tensor.shape[1 + self.token_dims :])
+        return rows[piece.first : piece.first + piece.count].view(shape)
+
+    def _narrow(self, piece: Piece) -> Tensor:
+        return self.tensor[piece.block].narrow(0, piece.offset, piece.count)
+
+    def _where(self, piece: Piece) -> Tuple[Any, ...]:
+        """The indices of a piece's tokens one by one, in as many dimensions as a block's tokens have."""
+        rest = torch.arange(piece.offset, piece.offset + piece.count, device=self.tensor.device)
+        levels: List[Tensor] = []
+        for size in reversed(self.tensor.shape[1 : 1 + self.token_dims]):
+            levels.append(rest % size)
+            rest = rest // size
+        return (piece.block, *reversed(levels))
 
 
 class Paged:
@@ -86,34 +144,18 @@ class Paged:
     def gather(self, tables: Tables, start: int, num_tokens: int, chunk: Tensor) -> None:
         """Write tokens [start, start + num_tokens) of a sequence into ``chunk``, which lies on this device."""
         self.check(tables, start, num_tokens, chunk)
-        cuts = [self._cut(number, table, start, num_tokens) for number, table in enumerate(tables)]
+        cuts = [self.cut(number, table, start, num_tokens) for number, table in enumerate(tables)]
         for view in self.views:
-            cut = cuts[view.plane.group]
-            rows = _rows(view, chunk, num_tokens)
-            if cut.absent:
-                rows.zero_()
-            if cut.blocks is not None:
-                torch.index_select(view.tensor, 0, cut.blocks, out=_as_blocks(view, rows, cut))
-            for piece in cut.pieces:
-                rows[piece.first : piece.first + piece.count].view(_shape(view, piece)).copy_(_tokens(view, piece))
+            view.take(cuts[view.plane.group], _rows(view, chunk, num_tokens))
 
     def scatter(self, tables: Tables, start: int, num_tokens: int, chunk: Tensor) -> None:
         """Write ``chunk``'s tokens to where tokens [start, start + num_tokens) of a sequence belong."""
         self.check(tables, start, num_tokens, chunk)
-        cuts = [self._cut(number, table, start, num_tokens) for number, table in enumerate(tables)]
+        cuts = [self.cut(number, table, start, num_tokens) for number, table in enumerate(tables)]
         for view in self.views:
-            cut = cuts[view.plane.group]
-            rows = _rows(view, chunk, num_tokens)
-            if cut.blocks is not None:
-                _put(view.tensor, cut.blocks, _as_blocks(view, rows, cut))
-            for piece in cut.pieces:
-                source = rows[piece.first : piece.first + piece.count].view(_shape(view, piece))
-                if view.token_dims == 1:
-                    _tokens(view, piece).copy_(source)
-                else:
-                    view.tensor[_where(view, piece)] = source
+            view.give(cuts[view.plane.group], _rows(view, chunk, num_tokens))
 
-    def _cut(self, number: int, table: Sequence[int], start: int, num_tokens: int) -> Cut:
+    def cut(self, number: int, table: Sequence[int], start: int, num_tokens: int) -> Cut:
         """Which of a chunk's tokens fill whole blocks, one after the other, and in what pieces the others lie."""
         size = self.layout.groups[number].block_tokens
         end = start + num_tokens
@@ -139,25 +181,6 @@ class Paged:
         return Cut(blocks, first, last, pieces, absent)
 
 
-class Piece(msgspec.Struct, frozen=True):
-    """``count`` tokens of a chunk, from its token ``first`` on, that lie in ``block`` from ``offset`` on."""
-
-    block: int
-    offset: int
-    first: int
-    count: int
-
-
-class Cut(msgspec.Struct, frozen=True):
-    """Tokens [first, last) of a chunk fill ``blocks``; the others lie in ``pieces``, or (``absent``) nowhere."""
-
-    blocks: Tensor
-    first: int
-    last: int
-    pieces: List[Piece]
-    absent: bool
-
-
 def _rows(view: View, chunk: Tensor, num_tokens: int) -> Tensor:
     """A plane's bytes within a chunk, as items [token][head * channel]."""
     part = view.plane.part
@@ -166,37 +189,31 @@ def _rows(view: View, chunk: Tensor, num_tokens: int) -> Tensor:
     return raw.view(INTEGERS[ITEM_BYTES[part.dtype]]).view(num_tokens, view.row)
 
 
-def _as_blocks(view: View, rows: Tensor, cut: Cut) -> Tensor:
-    return rows[cut.first : cut.last].view(len(cut.blocks), *view.tensor.shape[1:])
-
-
-def _shape(view: View, piece: Piece) -> Tuple[int, ...]:
-    return (piece.count, *view.tensor.shape[1 + view.token_dims :])
-
-
-def _tokens(view: View, piece: Piece) -> Tensor:
-    """A piece in the engine's memory: a view of it, or a copy where a block's tokens have several dimensions."""
-    if view.token_dims == 1:
-        return view.tensor[piece.block].narrow(0, piece.offset, piece.count)
-    return view.tensor[_where(view, piece)]
-
-
-def _where(view: View, piece: Piece) -> Tuple[Any, ...]:
-    """The indices of a piece's tokens one by one, in as many dimensions as a block's tokens have."""
-    rest = torch.arange(piece.offset, piece.offset + piece.count, device=view.tensor.device)
-    levels: List[Tensor] = []
-    for size in reversed(view.tensor.shape[1 : 1 + view.token_dims]):
-        levels.append(rest % size)
-        rest = rest // size
-    return (piece.block, *reversed(levels))
-
-
 def _put(tensor: Tensor, blocks: Tensor, source: Tensor) -> None:
     """tensor[blocks] = source. On a CPU NumPy copies runs where torch goes item by item: twice as fast."""
     if tensor.device.type == "cpu":
         tensor.numpy()[blocks.numpy()] = source.numpy()
     else:
         tensor.index_copy_(0, blocks, source)
+
+
+def allocate(layout: Layout, blocks: Sequence[int], device: Any = "cpu") -> List[List[Tensor]]:
+    """Tensors for a layout, zeros, with ``blocks[group]`` blocks. LayoutError: a split dimension's sizes are unsaid."""
+    found: List[List[Tensor]] = []
+    for group, count in zip(layout.groups, blocks):
+        named = {part.name: part for part in group.parts}
+        tensors: List[Tensor] = []
+        for layer, stored in [(layer, stored) for layer in range(group.layers) for stored in group.stored]:
+            if layer and "layer" in stored.words:
+                continue
+            part = named[stored.parts[0]]
+            sizes = {**_sizes(group, stored, part), "block": count}
+            if len(set(stored.words)) < len(stored.words):
+                raise LayoutError(f"axes '{stored.axes}': nobody says how large each part of a split dimension is")
+            shape = [sizes[word] for word in stored.words]
+            tensors.append(torch.zeros(shape, dtype=getattr(torch, part.dtype), device=device))
+        found.append(tensors)
+    return found
 
 
 # ---- binding an engine's tensors
@@ -229,19 +246,24 @@ def _checked(where: str, group: Group, stored: Stored, held: List[Part], tensor:
     dtype = str(tensor.dtype).removeprefix("torch.")
     if dtype != part.dtype:
         raise LayoutError(f"{where}: the tensor is {dtype}, expected {part.dtype}")
-    expected = {
-        "layer": group.layers,
-        "part": len(held),
-        "token": group.block_tokens,
-        "head": part.heads,
-        "channel": part.channels,
-    }
+    expected = _sizes(group, stored, part)
     shape = list(tensor.shape)
     sizes = {word: math.prod([size for size, axis in zip(shape, words) if axis == word]) for word in words}
     if len(shape) != len(words) or any(sizes[word] != expected.get(word, sizes[word]) for word in words):
         told = " ".join([f"{word}={expected[word]}" if word in expected else word for word in words])
         raise LayoutError(f"{where}: the tensor's shape is {tuple(shape)}, expected ({told})")
     return tensor.view(INTEGERS[ITEM_BYTES[part.dtype]])
+
+
+def _sizes(group: Group, stored: Stored, part: Part) -> Dict[str, int]:
+    """Of a tensor, in its words; the number of blocks is the engine's own."""
+    return {
+        "layer": group.layers,
+        "part": len(stored.parts),
+        "token": group.block_tokens,
+        "head": part.heads,
+        "channel": part.channels,
+    }
 
 
 def _plane(tensor: Tensor, words: List[str], layer: int, index: int) -> Tuple[Tensor, int]:
