@@ -24,6 +24,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
+from kvcore.scenario.topology import kind_of
 from kvreal.engines.vllm import api
 from kvreal.engines.vllm.blocks import Paged
 from kvreal.engines.vllm.plan import Plan
@@ -32,7 +33,6 @@ from kvreal.engines.vllm.space import check, space_of
 from kvreal.engines.vllm.stats import PromStats, Stats
 from kvreal.engines.vllm.worker import Worker
 from kvreal.instance_file import path_from, read
-from kvreal.memory import kind_of
 
 log = logging.getLogger("kvmove.engine")
 

@@ -17,7 +17,7 @@ import socket
 import struct
 import sys
 import uuid
-from typing import Any, Final, List, Sequence, Set
+from typing import Any, Final, List, Optional, Sequence, Set
 
 import msgspec
 
@@ -27,6 +27,7 @@ from kvreal.engines.vllm.link import (
     Drop,
     Failed,
     Filled,
+    Frame,
     LinkError,
     Loaded,
     Look,
@@ -48,6 +49,38 @@ log = logging.getLogger("kvmove.engine")
 
 GOOD: Final = 0
 FAILED: Final = 1
+
+
+class Client(asyncio.Protocol):
+    """A connection of one of vLLM's processes."""
+
+    def __init__(self, rank: Rank) -> None:
+        self.rank: Rank = rank
+        self.scheduler: bool = False
+        self.unpacker: Unpacker = Unpacker()
+        self.transport: Any = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = transport
+        sock = transport.get_extra_info("socket")
+        _, uid, _ = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+        if uid != os.getuid():
+            transport.close()
+
+    def data_received(self, data: bytes) -> None:
+        try:
+            for frame in self.unpacker.feed(data):
+                self.rank.answer(frame, self)
+        except Exception as error:  # the engine takes no answer for a miss
+            log.warning("a connection ends: %s: %s", type(error).__name__, error)
+            self.transport.close()
+
+    def connection_lost(self, exc: Optional[Exception]) -> None:
+        self.rank.gone(self)
+
+    def say(self, frame: Frame) -> None:
+        if not self.transport.is_closing():
+            self.transport.write(pack(frame))
 
 
 class Rank:
@@ -77,7 +110,7 @@ class Rank:
         address = f"kvmove-{os.getpid()}-{uuid.uuid4().hex[:12]}"
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         sock.bind("\0" + address)
-        server = await asyncio.start_unix_server(self._client, sock=sock, limit=1 << 20)
+        server = await loop.create_unix_server(lambda: Client(self), sock=sock)
         self._ready(address)
         self.worker.setblocking(False)
         loop.add_reader(self.worker.fileno(), self._worker_readable)
@@ -110,58 +143,38 @@ class Rank:
             asyncio.get_running_loop().remove_reader(self.worker.fileno())
             self._ended("vLLM's worker has gone")
 
-    # ---- connections
-    async def _client(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        sock = writer.get_extra_info("socket")
-        _, uid, _ = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
-        if uid != os.getuid():
-            writer.close()
-            return
-        unpacker = Unpacker()
-        scheduler = False
-        try:
-            while data := await reader.read(1 << 18):
-                for frame in unpacker.feed(data):
-                    if isinstance(frame, Watch):
-                        scheduler = True
-                        self._watch(frame.parent)
-                    else:
-                        self._answer(frame, writer)
-        except (LinkError, OSError) as error:
-            log.warning("rank %d: a connection ends: %s", self.rank, error)
-        except Exception as error:  # an engine is told nothing, and takes that for a miss
-            log.exception("rank %d: %s", self.rank, error)
-        finally:
-            self.desk.gone(writer)
-            writer.close()
-            if scheduler:
-                self._ended("vLLM's scheduler has gone")
-
-    def _answer(self, frame: Any, writer: asyncio.StreamWriter) -> None:
+    # ---- questions
+    def answer(self, frame: Any, client: Client) -> None:
         desk = self.desk
-        if isinstance(frame, Look):
-            writer.write(pack(desk.look(frame, writer)))
+        if isinstance(frame, Watch):
+            client.scheduler = True
+            self.watch(frame.parent)
+        elif isinstance(frame, Look):
+            client.say(desk.look(frame, client))
         elif isinstance(frame, Loaded):
-            writer.write(pack(desk.loaded(frame)))
+            client.say(desk.loaded(frame))
         elif isinstance(frame, Store):
-            writer.write(pack(desk.store(frame, writer)))
+            client.say(desk.store(frame, client))
         elif isinstance(frame, Renew):
             desk.renew(frame)
         elif isinstance(frame, Drop):
             desk.drop(frame)
         elif isinstance(frame, Filled):
-            task = asyncio.create_task(self._filled(frame, writer))
+            task = asyncio.create_task(self._filled(frame, client))
             self.tasks.add(task)
             task.add_done_callback(self.tasks.discard)
         else:
             raise LinkError(f"{type(frame).__name__} is not for a rank to hear")
 
-    async def _filled(self, frame: Filled, writer: asyncio.StreamWriter) -> None:
-        told = await self.desk.filled(frame)
-        if not writer.is_closing():
-            writer.write(pack(told))
+    async def _filled(self, frame: Filled, client: Client) -> None:
+        client.say(await self.desk.filled(frame))
 
-    def _watch(self, parent: int) -> None:
+    def gone(self, client: Client) -> None:
+        self.desk.gone(client)
+        if client.scheduler:
+            self._ended("vLLM's scheduler has gone")
+
+    def watch(self, parent: int) -> None:
         """End with process ``parent`` too: vLLM's scheduler outlives its server when that is killed."""
         if not parent:
             return
