@@ -17,7 +17,7 @@ TORCH_INDEX ?=
 CONSTRAIN = $(if $(shell ls /dev/nvidia[0-9]* 2>/dev/null || nvidia-smi -L 2>/dev/null),,-c constraints-cpu.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format bench bench-controller fast compare-long scenarios-real search clean
+.PHONY: help setup demo test lint format bench bench-controller fast compare-long scenarios-real search clean demo-vllm test-vllm bench-vllm
 
 help:
 	@sed -n 's/^# \{0,1\}//p' Makefile | head -3
@@ -37,6 +37,23 @@ $(VENV)/.stamp: pyproject.toml setup.py constraints-cpu.txt
 
 demo: $(VENV)/.stamp
 	@$(BIN)/kvmove demo
+
+# Two vLLM engines and a prompt that moves from one to the other, in a venv of its own; and the same as a suite.
+VLLM   := .venv-vllm
+
+$(VLLM)/.stamp: examples/vllm/venv.sh pyproject.toml
+	@TORCH_INDEX=$(TORCH_INDEX) sh examples/vllm/venv.sh $(VLLM) $(PYTHON)
+	@touch $@
+
+demo-vllm: $(VLLM)/.stamp
+	@$(VLLM)/bin/python -m examples.vllm.demo $(ARGS)
+
+test-vllm: $(VLLM)/.stamp
+	$(VLLM)/bin/python -m pytest tests/vllm --timeout 600 $(ARGS)
+
+# Time to first token: cold, moved, local. For README's table; on a machine that does nothing else.
+bench-vllm: $(VLLM)/.stamp
+	@$(VLLM)/bin/python -m examples.vllm.ttft $(ARGS)
 
 test: $(VENV)/.stamp
 	$(BIN)/python -m pytest -n $(JOBS) $(ARGS)
