@@ -11,6 +11,7 @@ from typing import Any, Coroutine, Dict, List, Sequence, Tuple, TypeVar
 import torch
 
 from kvcore.protocol.chunks import chunk_keys
+from kvcore.protocol.config import MS, Config
 from kvcore.protocol.worker import Worker
 from kvreal.engines.transformers import Served, Server, TransformersEngine
 from kvreal.instance_file import read
@@ -19,6 +20,7 @@ from tests.real.http.cluster import CPU, Controller, eventually
 
 VOCABULARY = 258
 CHUNK = 16
+NAMES = [name for name in Config.__struct_fields__ if name.endswith("_ns") and name not in ("events_kept_ns", "hold_ns")]
 T = TypeVar("T")
 
 
@@ -72,7 +74,9 @@ class Pair:
 
     def __init__(self, folder: Path) -> None:
         self.folder: Path = folder
-        self.controller: Controller = Controller(folder)
+        # the usual constants, not the tests' quick ones: a model that computes may keep this loop waiting for a while
+        usual = [f"--set={name[:-3]}={getattr(Config(), name) // MS} ms" for name in NAMES]
+        self.controller: Controller = Controller(folder, *usual)
         self.controller.start()
         self.loop: asyncio.AbstractEventLoop = asyncio.new_event_loop()
         self.thread: threading.Thread = threading.Thread(target=self.loop.run_forever, daemon=True)
