@@ -20,7 +20,8 @@ from tests.real.http.cluster import CPU, Controller, eventually
 
 VOCABULARY = 258
 CHUNK = 16
-NAMES = [name for name in Config.__struct_fields__ if name.endswith("_ns") and name not in ("events_kept_ns", "hold_ns")]
+LATER = ("events_kept_ns", "hold_ns")
+NAMES = [name for name in Config.__struct_fields__ if name.endswith("_ns") and name not in LATER]
 T = TypeVar("T")
 
 
