@@ -36,7 +36,7 @@ def scenario_text(point: Point, moves: int, warmup: int) -> str:
         instance, _, location = position.partition("/")
         places.setdefault(instance, {})[location] = size
     lines = [
-        f"name: bench of {point.name}".replace(":", ","),
+        "name: bench",
         f"kv: {{bytes_per_token: {point.token_bytes} B, chunk: {point.chunk_tokens} tokens,"
         f" direction: {point.direction}}}",
         "order: racing",
@@ -71,7 +71,8 @@ def built_of(point: Point, moves: int, warmup: int) -> Built:
 class Times:
     """Of the moves of one or more rounds, in order of turns."""
 
-    def __init__(self) -> None:
+    def __init__(self, name: str) -> None:
+        self.name: str = name
         self.batches: list[float] = []
         self.singles: list[float] = []
         self.phases: list[Phases] = []
@@ -82,13 +83,13 @@ class Times:
         """UserError if a move has not done what it should: then there is nothing to report."""
         if not result.clean:
             why = [*(one.text for one in result.violations), *result.hung]
-            raise UserError(f"bench: {result.scenario}: {why[0]}")
+            raise UserError(f"bench: {self.name}: {why[0]}")
         turns: dict[int, list[Operation]] = {}
         for operation in result.operations:
             if operation.what == "move":
                 if operation.state != "done":
                     raise UserError(
-                        f"bench: {result.scenario}: {operation.op} {operation.state}, {operation.reason or 'no reason'}"
+                        f"bench: {self.name}: {operation.op} {operation.state}, {operation.reason or 'no reason'}"
                         f"{': ' + operation.detail if operation.detail else ''}"
                     )
                 turns.setdefault(int(operation.op.split("-")[1]), []).append(operation)
@@ -143,7 +144,7 @@ def measure(point: Point, repeats: int, warmup: int, pools: Pools, predict: Call
     from kvreal.bare import BareError, Shape
     from kvreal.run import run
 
-    times = Times()
+    times = Times(point.name)
     limits: dict[str, list[float]] = {}
     shape = Shape(point.nbytes * point.concurrency, point.chunk_bytes)
     try:
@@ -168,7 +169,7 @@ def measure(point: Point, repeats: int, warmup: int, pools: Pools, predict: Call
         copies = tuple(one.queue_s + one.copy_s for one in times.phases)
         series.append(Series(what="copy", seconds=copies, about="of the move: the bytes alone", warmup=warmup))
     series += [Series(what=name, seconds=tuple(found), warmup=warmup) for name, found in limits.items()]
-    simulated = Times()
+    simulated = Times(point.name)
     simulated.take(predict(built_of(point, 2, 0)), 0)
     return Cell(
         name=point.name,

@@ -6,22 +6,25 @@ makes one.
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import os
+import random
+import socket
 import subprocess
 import time
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Dict, Final, Optional, Sequence, Tuple, Type
 
-from kvreal.topology import free_port
-
 HERE: Final = Path(__file__).parent
 VARIABLE: Final = "KVMOVE_REFERENCE_PYTHON"
 VERSION: Final = "0.5.6"
 START_S: Final = 120.0
 SEEN_S: Final = 20.0
+IDLE_S: Final = 2.0
+"""A connection that has been idle so long is made anew; uvicorn closes it after five."""
 CPU: Final = "LocalCPUBackend"
 CHUNK_TOKENS: Final = 256
 """Its controller's, which looks prompts up by chunks of so many tokens whatever its engines have."""
@@ -44,6 +47,15 @@ def found() -> Tuple[Optional[Path], str]:
     if done.stdout.strip() != VERSION:
         return None, f"{name}: lmcache {done.stdout.strip() or 'is not installed'}, expected {VERSION}"
     return Path(name), ""
+
+
+def free_port() -> int:
+    """One that nobody listens at, and that no outgoing connection is given meanwhile."""
+    while True:
+        port = random.randrange(20_000, 32_000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def environment() -> Dict[str, str]:
@@ -69,8 +81,9 @@ class Script:
 
     def ask(self, line: str, word: str) -> str:
         assert self.process.stdin is not None
-        self.process.stdin.write(line + "\n")
-        self.process.stdin.flush()
+        with contextlib.suppress(BrokenPipeError):  # what it said last is told by wait
+            self.process.stdin.write(line + "\n")
+            self.process.stdin.flush()
         return self.wait(word)
 
     def close(self) -> None:
@@ -91,12 +104,16 @@ class Http:
 
     def __init__(self, port: int, timeout_s: float = 60.0) -> None:
         self.connection: http.client.HTTPConnection = http.client.HTTPConnection("127.0.0.1", port, timeout=timeout_s)
+        self.used_s: float = 0.0
 
     def ask(self, method: str, path: str, body: Optional[bytes] = None) -> Tuple[int, Dict[str, Any]]:
         """(status, JSON). OSError or HTTPException if it is not there."""
+        if time.monotonic() - self.used_s > IDLE_S:
+            self.connection.close()  # the other side may have, or will while we write
         self.connection.request(method, path, body, {"content-type": "application/json"} if body is not None else {})
         answer = self.connection.getresponse()
         data = answer.read()
+        self.used_s = time.monotonic()
         try:
             found = json.loads(data)
         except ValueError:
@@ -120,6 +137,7 @@ class Reference:
         self.folder: Path = folder
         self.port, self.pull, self.reply = free_port(), free_port(), free_port()
         self.scripts: Dict[str, Script] = {}
+        self.lives: int = 0
         self.http: Http = Http(self.port)
         argv = [
             str(python.with_name("lmcache_controller")), "--host", "127.0.0.1", "--port", str(self.port),
