@@ -54,7 +54,7 @@ def play(stage: Stage, tokens: int, rounds: int) -> bool:
     say("\n2. Its KV is moved to engine two, ahead of any request.")
     answer = stage.move("one", "two", ids)
     end = answer["end"]
-    say(f"    POST /move -> {{'num_tokens': {answer['num_tokens']}, 'event_id': '{answer['event_id']}'}}: {end['state']}")
+    say(f"    POST /move -> num_tokens {answer['num_tokens']}, event_id {answer['event_id']}, ended {end['state']}")
     say(f"    held at {stage.held(ids)}")
 
     say("\n3. Engine two serves it from moved KV.")
@@ -68,7 +68,7 @@ def play(stage: Stage, tokens: int, rounds: int) -> bool:
     local = two.complete(ids, 16)
     say(f"    cold: first token after {cold.first_s * 1e3:.0f} ms; its own cache: {local.first_s * 1e3:.0f} ms")
     equal = cold.tokens == moved.tokens == first.tokens
-    say(f"    the 16 tokens of one, of two from moved KV, and of two cold are {'the same' if equal else 'NOT the same'}")
+    say(f"    16 tokens of one, of two from moved KV, and of two cold: {'the same' if equal else 'NOT the same'}")
 
     say("\n5. A router: engine two holds the prompt and is busy, so a copy goes to one.")
     router = Router(f"http://localhost:{stage.http}", {"one": one.url, "two": two.url})

@@ -20,6 +20,9 @@ from examples.vllm.stage import Engine, Stage
 
 WAYS: Final = ("cold", "moved", "local")
 
+Times = Dict[Tuple[int, str], List[float]]
+"""(tokens, way) -> seconds, one a round."""
+
 
 def prompt(seed: int, count: int) -> List[int]:
     """Letters."""
@@ -27,13 +30,13 @@ def prompt(seed: int, count: int) -> List[int]:
     return [draw.randrange(97, 123) for _ in range(count)]
 
 
-def measure(stage: Stage, src: str, dst: str, lengths: Sequence[int], rounds: int) -> Dict[Tuple[int, str], List[float]]:
-    """{(tokens, way): seconds, one a round}. Rounds go through all lengths, so that a slow minute hits all alike."""
+def measure(stage: Stage, src: str, dst: str, lengths: Sequence[int], rounds: int) -> Times:
+    """Rounds go through all lengths, so that a slow minute hits all alike."""
     one, two = (engine for name in (src, dst) if isinstance(engine := stage.processes[name], Engine))
     for engine in (one, two):  # what only the first request pays
         engine.complete(prompt(7, 64), 4)
         engine.complete(prompt(8, lengths[-1]), 1)
-    found: Dict[Tuple[int, str], List[float]] = {(n, way): [] for n in lengths for way in WAYS}
+    found: Times = {(n, way): [] for n in lengths for way in WAYS}
     for number in range(rounds):
         for n in lengths:
             tokens = prompt(1000 + number * 10_000 + n, n)
@@ -43,13 +46,13 @@ def measure(stage: Stage, src: str, dst: str, lengths: Sequence[int], rounds: in
             moved = two.complete(tokens, 1)
             local = two.complete(tokens, 1)
             if moved.cached < n - 1 or cold.tokens != moved.tokens:
-                print(f"{n} tokens, round {number}: {moved.cached} were cached, tokens {cold.tokens} and {moved.tokens}")
+                print(f"{n} tokens, round {number}: {moved.cached} cached, tokens {cold.tokens} and {moved.tokens}")
             for way, run in zip(WAYS, (cold, moved, local)):
                 found[n, way].append(run.first_s)
     return found
 
 
-def table(found: Dict[Tuple[int, str], List[float]], lengths: Sequence[int]) -> str:
+def table(found: Times, lengths: Sequence[int]) -> str:
     rounds = len(next(iter(found.values())))
     lines = [
         f"time to first token, ms, median of {rounds}",

@@ -32,4 +32,4 @@ EOF
     mkdir -p "$site/vllm-0.32.0+cpu.dist-info"
     printf 'Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0+cpu\n' >"$site/vllm-0.32.0+cpu.dist-info/METADATA"
 fi
-$pip install -e ".[real,service]" pytest pytest-timeout
+$pip install -e ".[real,service]" pytest pytest-timeout pytest-benchmark hypothesis
