@@ -111,7 +111,7 @@ class Local:
         parts = WorkerParts(memory, transfer, thread)
         self.service: Service = Service(spec, network, worker=parts)
         self.service.listeners.append(self._step)
-        self.service.listeners.append(StepLog(f"{file.instance}/{rank}").step)
+        self.service.onlookers.append(StepLog(f"{file.instance}/{rank}").step)
 
     def _step(self, now: int, item: m.Input, effects: List[m.Effect]) -> None:
         for effect in effects:

@@ -54,8 +54,12 @@ log = logging.getLogger("kvmove.service")
 TERMINAL: Final = frozenset({"done", "failed", "refused", "ok"})
 WATCH_QUEUE: Final = 10_000
 """Steps that a slow watcher may be behind before it loses some."""
+BEHIND_S: Final = 0.002
+"""How far those who only look on may be behind: what a step asks for goes out first."""
+BEHIND_MOST: Final = 1_000
 
 Step = Tuple[int, m.Input, List[m.Effect]]
+Listener = Callable[[int, m.Input, List[m.Effect]], None]
 T = TypeVar("T")
 
 
@@ -189,7 +193,11 @@ class Service:
         self.machine: m.Machine = self.node.machine
         self.failed: Optional[asyncio.Future[BaseException]] = None
         #: called with each step before its effects are carried out; must be quick
-        self.listeners: List[Callable[[int, m.Input, List[m.Effect]], None]] = []
+        self.listeners: List[Listener] = []
+        #: called with each step soon after its effects: for those who only tell others of it
+        self.onlookers: List[Listener] = []
+        self._behind: List[Step] = []
+        self._behind_alarm: Optional[asyncio.TimerHandle] = None
         self.watchers: Set[Watcher] = set()
         self.asked: Dict[str, Asked] = {}
         self.count: int = 0
@@ -231,6 +239,7 @@ class Service:
             self.worker.transfer.stop()
         if self._alarm is not None:
             self._alarm.cancel()
+        self.catch_up()
         for asked in self.asked.values():
             asked.broken()
         self.asked = {}
@@ -242,6 +251,10 @@ class Service:
     # ---- inputs
     def give(self, item: m.Input) -> None:
         """One input to the machine. From within an effect it waits for that effect's input to be finished."""
+        self._give(item)
+        self._arm()
+
+    def _give(self, item: m.Input) -> None:
         self._waiting.append(item)
         if self._giving:
             return
@@ -253,9 +266,9 @@ class Service:
             self._fail(error)
         finally:
             self._giving = False
-        self._arm()
 
     def _fail(self, error: BaseException) -> None:
+        self.catch_up()
         log.critical("the service cannot go on: %s: %s", type(error).__name__, error)
         self._waiting.clear()
         self.running = False
@@ -271,11 +284,13 @@ class Service:
             return
         found, more = self.network.receive()
         for src, message in found:
-            self.give(m.Received(src, message))
+            self._give(m.Received(src, message))
             if not self.running:
                 return
         if more:
             self._loop.call_soon(self._readable)
+        if found:
+            self._arm()
 
     def _collect(self) -> None:
         if self.running:
@@ -353,12 +368,31 @@ class Service:
 
     def _seen(self, now: int, item: m.Input, effects: List[m.Effect]) -> None:
         for listener in self.listeners:
-            try:
-                listener(now, item, effects)
-            except Exception:  # whoever looks on must not stop what it looks at
-                log.exception("a listener failed at %s", type(item).__name__)
+            self._tell(listener, now, item, effects)
+        if self.onlookers:
+            self._behind.append((now, item, effects))
+            if self._behind_alarm is None:
+                self._behind_alarm = self._loop.call_later(BEHIND_S, self.catch_up)
+            elif len(self._behind) >= BEHIND_MOST:
+                self.catch_up()
         for watcher in self.watchers:
             watcher.put((now, item, effects))
+
+    def _tell(self, listener: Listener, now: int, item: m.Input, effects: List[m.Effect]) -> None:
+        try:
+            listener(now, item, effects)
+        except Exception:  # whoever looks on must not stop what it looks at
+            log.exception("a listener failed at %s", type(item).__name__)
+
+    def catch_up(self) -> None:
+        """Tell those who look on what has happened by now."""
+        if self._behind_alarm is not None:
+            self._behind_alarm.cancel()
+            self._behind_alarm = None
+        behind, self._behind = self._behind, []
+        for step in behind:
+            for listener in self.onlookers:
+                self._tell(listener, *step)
 
     def _said(self, said: Said) -> None:
         """Notes that a runner would wait for; faces see them by ``watch``."""

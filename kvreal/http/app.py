@@ -12,11 +12,14 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.utils import get_openapi
 from fastapi.responses import Response, StreamingResponse
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.routing import Match
 
 from kvreal.http import docs
 from kvreal.http import models as b
+from kvreal.http.auth import AuthDependency, Guard
 from kvreal.http.face import Face
+from kvreal.http.quick import Answers, Post, Quick
 from kvreal.http.status import Reply, refusal, split_error
 from kvreal.service import ServiceStopped
 
@@ -25,8 +28,6 @@ MAX_BODY_BYTES: Final = 16 << 20
 BEAT_S: Final = 15.0
 """A line in an idle stream, so that whoever watches, and what stands between, knows that it lives."""
 
-AuthDependency = Callable[[str], Callable[..., Any]]
-"""Role ("read" or "move") -> a dependency that raises HTTPException(401 or 403)."""
 Responses = Dict[Union[int, str], Dict[str, Any]]
 T = TypeVar("T")
 _encode: Final = msgspec.json.Encoder().encode
@@ -68,13 +69,21 @@ async def body_of(request: Request, kind: Callable[[bytes], T], limit: int) -> T
     declared = request.headers.get("content-length", "")
     if declared.isdigit() and int(declared) > limit:
         raise Refused(refusal("too_large", f"the body has {declared} bytes, at most {limit} are taken"))
-    data = bytearray()
-    async for piece in request.stream():
-        data += piece
-        if len(data) > limit:
+    pieces: List[bytes] = []
+    size = 0
+    more = True
+    while more:
+        message = await request.receive()
+        if message["type"] == "http.disconnect":
+            raise ClientDisconnect
+        piece: bytes = message.get("body", b"")
+        pieces.append(piece)
+        size += len(piece)
+        more = message.get("more_body", False)
+        if size > limit:
             raise Refused(refusal("too_large", f"the body has more than {limit} bytes"))
     try:
-        return kind(bytes(data))
+        return kind(pieces[0] if len(pieces) == 1 else b"".join(pieces))
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         text, field = split_error(str(error))
         raise Refused(refusal("bad_body", f"{field}: {text}" if field else text, field=field)) from None
@@ -196,15 +205,23 @@ def create_app(
     def allowed(role: str) -> List[Any]:
         return [Depends(auth_dependency(role))] if auth_dependency is not None else []
 
+    posts: Dict[str, Post] = {}
     for path, role, kind, good, codes, about, handler in POSTS:
-        _post(app, face, path, kind, handler, max_body_bytes, dependencies=allowed(role), description=about,
-              responses=_responses(good, 413, 422, *codes), name=path[1:])  # fmt: skip
+        answers = _post(app, face, path, kind, handler, max_body_bytes, dependencies=allowed(role), description=about,
+                        responses=_responses(good, 413, 422, *codes), name=path[1:])  # fmt: skip
+        posts[path] = Post(role, answers)
     _gets(app, face, allowed)
     app.include_router(docs.router(app.title))
     for router in routers:
         app.include_router(router)
     _errors(app)
     app.openapi = lambda: _document(app)  # type: ignore[method-assign]
+    if auth_dependency is None or isinstance(auth_dependency, Guard):
+        admit = auth_dependency.admit if auth_dependency is not None else None
+        slow = app.build_middleware_stack
+        app.build_middleware_stack = lambda: Quick(  # type: ignore[method-assign]
+            slow(), admit, posts, face.wait, _reply_of, _encode
+        )
     return app
 
 
@@ -219,7 +236,7 @@ def _whole(value: Any) -> Any:
     return value
 
 
-def _post(app: FastAPI, face: Face, path: str, kind: Any, handler: Handler, limit: int, **options: Any) -> None:
+def _post(app: FastAPI, face: Face, path: str, kind: Any, handler: Handler, limit: int, **options: Any) -> Answers:
     lease = kind is _lease
     strict = _lease if lease else msgspec.json.Decoder(kind).decode
 
@@ -233,10 +250,14 @@ def _post(app: FastAPI, face: Face, path: str, kind: Any, handler: Handler, limi
 
     names = ("LeaseBody", "RenewBody") if lease else (kind.__name__,)
 
+    async def answers(request: Request) -> Reply:
+        return await handler(face, await body_of(request, decode, limit), request)
+
     async def endpoint(request: Request) -> Response:
-        return respond(await handler(face, await body_of(request, decode, limit), request))
+        return respond(await answers(request))
 
     app.post(path, openapi_extra=_takes(*names), response_model=None, **options)(endpoint)
+    return answers
 
 
 def _gets(app: FastAPI, face: Face, allowed: Callable[[str], List[Any]]) -> None:
@@ -317,32 +338,35 @@ def _line(kind: str, what: object) -> bytes:
     return b"event: " + kind.encode() + b"\ndata: " + _encode(what) + b"\n\n"
 
 
+def _reply_of(error: Exception) -> Optional[Reply]:
+    """Every answer that is no 2xx has the same form. None: that is no answer, but a fault of ours."""
+    if isinstance(error, Refused):
+        return error.reply
+    if isinstance(error, ServiceStopped):
+        return refusal("not_ready", "the controller is stopping")
+    if isinstance(error, HTTPException):
+        words = {401: "unauthenticated", 403: "forbidden", 404: "unknown_path", 405: "method_not_allowed"}
+        body = b.ErrorReply(reason=words.get(error.status_code, "error"), detail=str(error.detail))
+        return Reply(error.status_code, body, dict(error.headers or {}))
+    return None
+
+
 def _errors(app: FastAPI) -> None:
-    """Every answer that is no 2xx has the same form."""
-
     @app.exception_handler(Refused)
-    async def refused(request: Request, error: Refused) -> Response:
-        return respond(error.reply)
-
     @app.exception_handler(ServiceStopped)
-    async def stopped(request: Request, error: ServiceStopped) -> Response:
-        return respond(refusal("not_ready", "the controller is stopping"))
+    @app.exception_handler(HTTPException)
+    async def refused(request: Request, error: Exception) -> Response:
+        reply = _reply_of(error)
+        assert reply is not None
+        if reply.status == 405:
+            reply.headers["Allow"] = ", ".join(_methods(app, request))
+        return respond(reply)
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"][1:])
         return respond(refusal("bad_body", f"{field}: {first['msg']}", field=field))
-
-    @app.exception_handler(HTTPException)
-    async def http(request: Request, error: HTTPException) -> Response:
-        words = {401: "unauthenticated", 403: "forbidden", 404: "unknown_path", 405: "method_not_allowed"}
-        reason = words.get(error.status_code, "error")
-        body = b.ErrorReply(reason=reason, detail=str(error.detail))
-        headers = dict(error.headers or {})
-        if error.status_code == 405:
-            headers["Allow"] = ", ".join(_methods(app, request))
-        return respond(Reply(error.status_code, body, headers))
 
 
 def _methods(app: FastAPI, request: Request) -> List[str]:

@@ -17,11 +17,13 @@ import hashlib
 import hmac
 import logging
 import re
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Callable, Dict, Final, Optional, Tuple
 
 from fastapi import Depends, HTTPException, Request
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from fastapi.security.utils import get_authorization_scheme_param
 
 from kvreal.endpoints import is_loopback
 
@@ -35,6 +37,7 @@ _TOKEN: Final = re.compile(r"[A-Za-z0-9._~+/=-]+")
 _CHALLENGE: Final = {"WWW-Authenticate": 'Bearer realm="kvmove"'}
 
 AuthDependency = Callable[[str], Callable[..., Any]]
+"""Role ("read" or "move") -> a dependency that raises HTTPException(401 or 403)."""
 
 
 class TokensError(Exception):
@@ -95,34 +98,62 @@ def read_tokens(path: Path) -> Tokens:
     return Tokens(roles)
 
 
-def dependency(tokens: Optional[Tokens]) -> AuthDependency:
-    """What routes depend on: ``dependency(tokens)("move")``."""
-    if tokens is None:
-        return lambda role: _only_from_here
-    bearer = HTTPBearer(auto_error=False, description="A token of the controller's tokens file")
+class Guard:
+    """What routes depend on: ``guard("move")``. ``admit`` asks the same at once."""
 
-    def allowed(role: str) -> Callable[..., Any]:
-        async def check(given: Optional[HTTPAuthorizationCredentials] = Depends(bearer)) -> None:  # noqa: B008
-            if given is None:
-                raise HTTPException(401, "no token: send Authorization: Bearer TOKEN", _CHALLENGE)
-            has = tokens.role(given.credentials)
-            if has is None:
-                raise HTTPException(401, "unknown token", _CHALLENGE)
-            if role not in ROLES[has]:
-                raise HTTPException(403, f"this token may {' and '.join(ROLES[has])}; this needs {role}")
+    def __init__(self, tokens: Optional[Tokens]) -> None:
+        self.tokens: Optional[Tokens] = tokens
+
+    def __call__(self, role: str) -> Callable[..., Any]:
+        if self.tokens is None:
+            return _only_from_here
+        bearer = HTTPBearer(auto_error=False, description="A token of the controller's tokens file")
+
+        async def check(
+            request: Request,
+            given: Optional[HTTPAuthorizationCredentials] = Depends(bearer),  # noqa: B008
+        ) -> None:
+            self.admit(role, request)
 
         return check
 
-    return allowed
+    def admit(self, role: str, request: Request) -> None:
+        """HTTPException(401 or 403) if whoever asks may not."""
+        if self.tokens is None:
+            _here(request)
+            return
+        scheme, token = get_authorization_scheme_param(request.headers.get("authorization"))
+        if not token or scheme.lower() != "bearer":
+            raise HTTPException(401, "no token: send Authorization: Bearer TOKEN", _CHALLENGE)
+        has = self.tokens.role(token)
+        if has is None:
+            raise HTTPException(401, "unknown token", _CHALLENGE)
+        if role not in ROLES[has]:
+            raise HTTPException(403, f"this token may {' and '.join(ROLES[has])}; this needs {role}")
+
+
+def dependency(tokens: Optional[Tokens]) -> Guard:
+    """With tokens: who has one. Without: whoever is on this machine, and no web page."""
+    return Guard(tokens)
 
 
 async def _only_from_here(request: Request) -> None:
-    host = request.headers.get("host", "")
+    _here(request)
+
+
+@lru_cache(1024)
+def _names_here(host: str) -> bool:
     name = host.rpartition(":")[0] if re.search(r":[0-9]*$", host) else host
-    if not is_loopback(name.lower()):
+    return is_loopback(name.lower())
+
+
+def _here(request: Request) -> None:
+    headers = request.headers
+    host = headers.get("host", "")
+    if not _names_here(host):
         raise HTTPException(403, f"without tokens this answers to localhost only, not to {host[:80]!r}")
-    if request.headers.get("sec-fetch-site", "none") in ("cross-site", "same-site"):
+    if headers.get("sec-fetch-site", "none") in ("cross-site", "same-site"):
         raise HTTPException(403, "another site's page sent this")
-    origin = request.headers.get("origin", "")
+    origin = headers.get("origin", "")
     if origin and origin.partition("://")[2] != host:
         raise HTTPException(403, f"a page of {origin[:80]} sent this")

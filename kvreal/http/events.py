@@ -38,6 +38,11 @@ class Keeper(Protocol):
     def kept(self) -> Sequence[Tuple[int, bytes]]: ...
 
 
+def _expire(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)
+
+
 class EventLog:
     def __init__(self, machine: Controller, keeper: Optional[Keeper] = None) -> None:
         self.machine: Controller = machine
@@ -45,6 +50,8 @@ class EventLog:
         self.records: OrderedDict[int, Record] = OrderedDict()
         self.waiting: Dict[int, Set[asyncio.Future[None]]] = {}
         self.streams: Set[asyncio.Queue[Optional[Told]]] = set()
+        #: ended, and not told yet
+        self.over: List[EventView] = []
         #: told of each ended event (metrics)
         self.on_ended: List[Callable[[EventView], None]] = []
         config = machine.spec.config
@@ -77,6 +84,13 @@ class EventLog:
                 self._tell("instance", {"what": effect.kind, "detail": effect.detail, "t": now / 1e9})
         for number in touched:
             self._look(now, self.records[number])
+
+    def onlook(self, now: int, item: m.Input, effects: List[m.Effect]) -> None:
+        """An onlooker of the service: tells ``on_ended`` of the events that have ended."""
+        over, self.over = self.over, []
+        for view in over:
+            for listener in self.on_ended:
+                listener(view)
 
     def _restore(self, now: int, journal: Tuple[m.JournalRecord, ...]) -> None:
         for record in journal:
@@ -192,8 +206,7 @@ class EventLog:
         for future in self.waiting.pop(record.number, set()):
             if not future.done():
                 future.set_result(None)
-        for listener in self.on_ended:
-            listener(view)
+        self.over.append(view)
         self._tell("event", record.frozen)
 
     def _child_ended(self, view: EventView) -> None:
@@ -242,13 +255,14 @@ class EventLog:
         record = self.records.get(number)
         if record is None or record.outcome is not None:
             return
-        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[None] = loop.create_future()
         self.waiting.setdefault(number, set()).add(future)
+        alarm = loop.call_later(timeout_s, _expire, future)
         try:
-            await asyncio.wait_for(future, timeout_s)
-        except TimeoutError:
-            pass
+            await future
         finally:
+            alarm.cancel()
             left = self.waiting.get(number)
             if left is not None:
                 left.discard(future)

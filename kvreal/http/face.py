@@ -67,6 +67,7 @@ class Face:
         self.members: Members = Members(self.machine, service.node.now, self._nowhere)
         service.listeners.append(log.step)
         service.listeners.append(self._learn)
+        service.onlookers.append(log.onlook)
 
     def _learn(self, now: int, item: m.Input, effects: List[m.Effect]) -> None:
         if isinstance(item, m.Boot):

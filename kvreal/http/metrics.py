@@ -49,6 +49,7 @@ class Metrics:
     """Listens to the service's steps and the log's ended events."""
 
     def __init__(self, service: Service, log: EventLog) -> None:
+        self.service: Service = service
         self.machine: Controller = log.machine
         self.registry: CollectorRegistry = CollectorRegistry()
         #: event -> (message, rank's address) that have been sent for it
@@ -192,6 +193,7 @@ class Metrics:
                     self.phases.labels(phase).observe(seconds)
 
     def text(self) -> bytes:
+        self.service.catch_up()
         return bytes(generate_latest(self.registry))
 
 
