@@ -19,7 +19,7 @@ from kvcore.scenario.loader import ScenarioError, load_as
 from kvcore.scenario.mistake import Mistake, nearest, shown
 from kvcore.scenario.schema import MODELS, Constants, Kv, Scenario, config_of
 from kvcore.scenario.units import Size
-from kvreal.transfer import NAMES
+from kvreal.transfer import NAMES, names
 
 VARIABLES: Final = ("KVMOVE_CONFIG_FILE", "LMCACHE_CONFIG_FILE")
 GB: Final = 1 << 30
@@ -197,12 +197,13 @@ def _meaning(
         raise wrong("controller_pull_url", "missing, expected host:port such as localhost:8300")
     if not 1 <= keys.chunk_size <= 65536:
         raise wrong("chunk_size", f"found {keys.chunk_size}, expected 1 to 65536 tokens")
-    if own.transport and own.transport not in NAMES:
-        raise wrong("kvmove.transport", f"found {shown(own.transport)}, expected one of {', '.join(NAMES)}")
-    channel = own.transport or CHANNELS.get(keys.transfer_channel or "auto", "")
+    known = CHANNELS | {name: name for name in names()}
+    if own.transport and own.transport not in known.values():
+        raise wrong("kvmove.transport", f"found {shown(own.transport)}, expected one of {', '.join(names())}")
+    channel = own.transport or known.get(keys.transfer_channel or "auto", "")
     if not channel:
         raise wrong(
-            "transfer_channel", f"found {shown(keys.transfer_channel)}, expected one of {', '.join(sorted(CHANNELS))}"
+            "transfer_channel", f"found {shown(keys.transfer_channel)}, expected one of {', '.join(sorted(known))}"
         )
     worker_ports = _ports(path, "lmcache_worker_ports", keys.lmcache_worker_ports)
     data_ports = _ports(path, "p2p_init_ports", keys.p2p_init_ports)

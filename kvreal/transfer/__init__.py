@@ -1,9 +1,16 @@
-"""Transports: what carries the bytes of a copy. ``make`` gives a process those it asks for, behind one Transfer."""
+"""Transports: what carries the bytes of a copy. ``make`` gives a process those it asks for, behind one Transfer.
+
+Others add theirs under the entry point group ``kvmove.transports``: a name, and what makes a Carrier from (memory,
+process, flow), which a Carrier's class itself does. ``kvreal.transfer.conformance`` tests one; docs/transports.md.
+"""
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
-from typing import Dict, Final, List, Tuple
+from functools import lru_cache
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any, Dict, Final, List, Tuple, cast
 
 from kvreal.memory import Memory
 from kvreal.transfer.base import Make, Transfer
@@ -11,29 +18,41 @@ from kvreal.transfer.carrier import Carrier
 from kvreal.transfer.flow import Flow
 from kvreal.transfer.frames import TransferError
 
-__all__ = ["NAMES", "Transfer", "TransferError", "available", "make", "resolve"]
+__all__ = ["GROUP", "NAMES", "Transfer", "TransferError", "available", "make", "names", "resolve"]
 
+GROUP: Final = "kvmove.transports"
 NAMES: Final[Tuple[str, ...]] = ("auto", "nixl", "socket", "tcp")
-"""``tcp`` is ``socket`` that uses no Unix sockets."""
+"""Ours. ``tcp`` is ``socket`` that uses no Unix sockets."""
+
+
+@lru_cache(maxsize=1)
+def _others() -> Dict[str, EntryPoint]:
+    """Transports that other packages bring. One that has a name of ours is left out: a file means ours by it."""
+    return {entry.name: entry for entry in entry_points(group=GROUP) if entry.name not in NAMES}
+
+
+def names() -> Tuple[str, ...]:
+    """All that a file may name: ours, and those of other packages that are installed."""
+    return (*NAMES, *sorted(_others()))
 
 
 def available() -> List[str]:
-    """The transports that can run here, the preferred one first. Looks for nixl without importing it."""
-    found = ["socket"]
+    """The transports that can run here, the preferred one first. Looks for their libraries without importing them."""
+    found = []
     if importlib.util.find_spec("nixl") is not None and importlib.util.find_spec("nixl_meta_utils") is not None:
-        found.insert(0, "nixl")
-    return found
+        found.append("nixl")
+    return [*found, *sorted(_others()), "socket"]
 
 
 def resolve(name: str) -> List[str]:
     """The transports that a process has which is told ``name``: all that can run here for ``auto``, else that one.
-    TransferError names what is missing."""
-    if name not in NAMES:
-        raise TransferError(f"unknown transport {name!r}, expected one of {', '.join(NAMES)}")
+    ``module:name`` is one that no package brings yet. TransferError names what is missing."""
+    if ":" not in name and name not in names():
+        raise TransferError(f"unknown transport {name!r}, expected one of {', '.join(names())}")
     here = available()
     if name == "auto":
         return here
-    if name != "tcp" and name not in here:
+    if name in NAMES and name != "tcp" and name not in here:
         raise TransferError(f"transport {name} asked for, but the package {name} is not installed (pip install nixl)")
     return [name]
 
@@ -56,11 +75,34 @@ def _tcp(memory: Memory, process: str, flow: Flow) -> Carrier:
     return carrier
 
 
-_MAKES: Final[Dict[str, Make]] = {"nixl": _nixl, "socket": _socket, "tcp": _tcp}
+_OURS: Final[Dict[str, Make]] = {"nixl": _nixl, "socket": _socket, "tcp": _tcp}
+
+
+def _make_of(name: str) -> Make:
+    """What makes the carrier of this name; whatever is wrong with another package's is said when it is called."""
+    if name in _OURS:
+        return _OURS[name]
+
+    def make(memory: Memory, process: str, flow: Flow) -> Carrier:
+        carrier = _loaded(name)(memory, process, flow)
+        if not isinstance(carrier, Carrier) or not carrier.name:
+            raise TransferError(f"transport {name}: found {type(carrier).__name__}, expected a Carrier with a name")
+        return carrier
+
+    return make
+
+
+def _loaded(name: str) -> Make:
+    module, _, attribute = name.partition(":")
+    try:
+        made: Any = getattr(importlib.import_module(module), attribute) if attribute else _others()[name].load()
+    except Exception as error:
+        raise TransferError(f"transport {name} cannot be loaded: {type(error).__name__}: {error}") from error
+    return cast(Make, made)
 
 
 def make(name: str, memory: Memory, at: Tuple[str, int] = ("127.0.0.1", 0)) -> Transfer:
     """The transports of this process over ``memory``; peers reach it ``at`` (host, port; 0: any).
 
     NIXL's agent takes about half a second to create."""
-    return Transfer(memory, {one: _MAKES[one] for one in resolve(name)}, at)
+    return Transfer(memory, {one: _make_of(one) for one in resolve(name)}, at)

@@ -11,12 +11,10 @@ import select
 import subprocess
 import sys
 import time
-from pathlib import Path
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, Final, List, Optional
 
-ROOT = Path(__file__).resolve().parents[2]
-LOCATION = "LocalCPUBackend"
-TOKEN = "a run"
+LOCATION: Final = "LocalCPUBackend"
+TOKEN: Final = "a run"
 
 
 def key(i: int) -> bytes:
@@ -27,12 +25,13 @@ class Peer:
     """A child process; every method asks it something and waits for its answer."""
 
     def __init__(self, address: str, transport: str, env: Optional[Dict[str, str]] = None) -> None:
-        self.address = address
-        self.process = subprocess.Popen(
-            [sys.executable, __file__, transport],
+        self.address: str = address
+        paths = os.pathsep.join(path or os.getcwd() for path in sys.path)
+        self.process: subprocess.Popen[str] = subprocess.Popen(
+            [sys.executable, "-m", __name__, transport],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            env={**os.environ, "PYTHONPATH": str(ROOT), **(env or {})},
+            env={**os.environ, "PYTHONPATH": paths, **(env or {})},
             text=True,
         )
 
@@ -93,7 +92,6 @@ def main(transport: str) -> None:
     memory = Memory()
     mover = make(transport, memory)
     mover.ucx_prints_to(sink)
-    bpt = 1024
 
     def take(wait_s: float) -> Any:
         found: List[Any] = []
@@ -107,7 +105,6 @@ def main(transport: str) -> None:
         ]
 
     def obey(do: str, a: Dict[str, Any]) -> Any:
-        nonlocal bpt
         if do == "begin":
             if memory.lay_out([(a["location"], a["slots"])], a["slot_bytes"]):
                 mover.memory_changed()
@@ -117,19 +114,25 @@ def main(transport: str) -> None:
         if do == "epoch":
             return mover.set_epoch(a["epoch"])
         if do == "fill":
-            bpt = a["bpt"]
-            memory.soil(a["location"], [a["slot"]])
-            view = memory.view(a["location"], a["slot"], a["tokens"] * bpt)
-            return synthetic.fill(view, key(a["key"]), a["tokens"], bpt)
+            for slot, name in zip(a["slots"], a["keys"]):
+                view = synthetic.blank(a["tokens"] * a["bpt"])
+                synthetic.fill(view, key(name), a["tokens"], a["bpt"])
+                memory.soil(a["location"], [slot])
+                memory.put(a["location"], slot, view)
+            return None
         if do == "check":
-            view = memory.view(a["location"], a["slot"], a["tokens"] * a["bpt"])
-            return synthetic.check(view, key(a["key"]), a["tokens"], a["bpt"])
+            return [
+                synthetic.check(
+                    memory.get(a["location"], slot, a["tokens"] * a["bpt"]), key(name), a["tokens"], a["bpt"]
+                )
+                for slot, name in zip(a["slots"], a["keys"])
+            ]
         if do == "wipe":
             return memory.wipe()
         if do == "copy":
             effect = StartCopy(
-                tuple(a["rid"]), a["read"], a["peer"], a["peer_epoch"], a.get("peer_location", LOCATION),
-                tuple(a["peer_slots"]), a.get("location", LOCATION), tuple(a["slots"]), tuple(a["lens"]),
+                tuple(a["rid"]), a["read"], a["peer"], a["peer_epoch"], a["peer_location"],
+                tuple(a["peer_slots"]), a["location"], tuple(a["slots"]), tuple(a["lens"]),
             )  # fmt: skip
             fate = Fate(**a.get("fate", {}))
             return mover.start(
@@ -147,12 +150,10 @@ def main(transport: str) -> None:
             return mover.pending()
         if do == "tcp_bytes":
             return proof.tcp_bytes()
-        if do == "ucx":
-            return os.pread(sink, 1 << 20, 0).decode()
         if do == "quit":
             mover.stop()
-            if "nixl" in mover.carriers:
-                del mover.carriers["nixl"].agent
+            if "nixl" in mover.carriers:  # UCX prints what it used when its agent goes
+                del mover.carriers["nixl"].agent  # type: ignore[attr-defined]
             return os.pread(sink, 1 << 20, 0).decode()
         raise ValueError(do)
 
