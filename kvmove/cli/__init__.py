@@ -16,6 +16,7 @@ import typer
 
 from kvmove.cli import (
     bench,
+    calibrate,
     controller,
     demo,
     doctor,
@@ -28,6 +29,7 @@ from kvmove.cli import (
     peer,
     pin,
     protocol,
+    report,
     run,
     scenario,
     search,
@@ -56,7 +58,9 @@ app.command("search")(search.search)
 app.command("swarm")(swarm.swarm)
 app.command("demo")(demo.demo)
 app.command("bench")(bench.bench)
+app.command("report")(report.report)
 app.command("doctor")(doctor.doctor)
+app.command("calibrate")(calibrate.calibrate)
 app.command("controller")(controller.controller)
 app.command("instance")(instance.instance)
 app.command("up")(up.up)

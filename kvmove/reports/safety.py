@@ -1,0 +1,81 @@
+"""The sections about what went wrong on purpose, what the hardware suite found, and what is not here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final
+
+from kvmove.bench.result import Bench, Outcome
+from kvmove.output import plural
+from kvmove.reports.sources import Suite
+from kvmove.reports.words import Section, Table
+
+WORLD: Final = {"sim": "in simulation", "real": "real processes"}
+
+
+def faults(outcomes: Sequence[Outcome]) -> Section | None:
+    if not outcomes:
+        return None
+    kinds: dict[tuple[str, str], list[int]] = {}
+    for one in outcomes:
+        for fault, count in one.fired.items():
+            kind = fault.partition(" at ")[0]
+            kinds.setdefault((kind, WORLD.get(one.world, one.world)), [0, 0])
+            kinds[kind, WORLD.get(one.world, one.world)][0] += 1
+            kinds[kind, WORLD.get(one.world, one.world)][1] += count
+    rows = tuple((kind, world, str(runs), str(count)) for (kind, world), (runs, count) in sorted(kinds.items()))
+    listed = tuple(
+        (one.file, WORLD.get(one.world, one.world), _ends(one.moves), "✓ survived" if one.good else f"✗ {one.why}")
+        for one in sorted(outcomes, key=lambda o: (o.good, o.world != "real", o.file))
+    )
+    good = sum(one.good for one in outcomes)
+    text = (
+        f"{good:,} of {plural(len(outcomes), 'run')} ended as they must: every property held at every step, every"
+        " expectation was met, nothing was left pinned. A move that fails is no damage; bytes that are lost, wrong or"
+        " left behind are.",
+    )
+    tables = (
+        Table("Faults that fired", ("fault", "where", "runs", "times"), rows, (2, 3)),
+        Table("Every run", ("scenario", "where", "moves ended", ""), listed),
+    )
+    return Section("faults", "Faults survived", text, tables=tables)
+
+
+def _ends(moves: dict[str, int]) -> str:
+    return ", ".join(f"{count} {state}" for state, count in sorted(moves.items())) or "-"
+
+
+def hardware(suites: Sequence[Suite]) -> Section | None:
+    if not suites:
+        return None
+    tables, text = [], []
+    for suite in suites:
+        groups: dict[str, list[int]] = {}
+        for case in suite.cases:
+            row = groups.setdefault(case.group, [0, 0, 0])
+            row[("passed", "failed", "skipped").index(case.outcome)] += 1
+        rows = tuple((name, *[str(one) for one in row]) for name, row in sorted(groups.items()))
+        tables.append(Table(f"Tests of {suite.file}", ("group", "passed", "failed", "skipped"), rows, (1, 2, 3)))
+        reasons: dict[str, int] = {}
+        for case in suite.cases:
+            if case.outcome == "skipped":
+                reasons[case.why or "no reason given"] = reasons.get(case.why or "no reason given", 0) + 1
+        if reasons:
+            listed = sorted(reasons.items(), key=lambda one: -one[1])
+            why = tuple((str(count), text) for text, count in listed)
+            tables.append(Table("What this machine lacks", ("tests", "skipped because"), why, (0,)))
+        for case in suite.cases:
+            if case.outcome == "failed":
+                text.append(f"FAILED: {case.group} {case.name}: {case.why}")
+    return Section("hardware", "The hardware suite", tuple(text), tables=tuple(tables))
+
+
+def left_out(bench: Bench, suites: Sequence[Suite]) -> Section | None:
+    rows = list(bench.skipped.items())
+    if not suites:
+        rows.append(("the hardware suite", "not run: pytest tests/hardware --junit-xml DIR/hardware.xml"))
+    if not bench.outcomes:
+        rows.append(("faults", "none of these runs played scenarios with faults"))
+    if not rows:
+        return None
+    return Section("left-out", "What is not here", (), tables=(Table("Left out", ("what", "why"), tuple(rows)),))

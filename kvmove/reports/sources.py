@@ -1,0 +1,146 @@
+"""What a report is made of: the directories of ``kvmove bench``, and what the hardware suite left in them."""
+
+from __future__ import annotations
+
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from kvmove.bench import result
+from kvmove.bench.result import Bench, Outcome
+from kvmove.errors import UserError
+
+
+class Case(msgspec.Struct, frozen=True):
+    """One test of the hardware suite. ``outcome``: passed, failed or skipped; ``why`` of the latter two."""
+
+    group: str
+    name: str
+    outcome: str
+    why: str = ""
+    seconds: float = 0.0
+
+
+class Suite(msgspec.Struct, frozen=True):
+    """One run of the hardware suite."""
+
+    file: str
+    cases: tuple[Case, ...]
+
+    def count(self, outcome: str) -> int:
+        return sum(one.outcome == outcome for one in self.cases)
+
+
+class Found(msgspec.Struct, frozen=True):
+    """All of one report. ``bench`` is all benches in one; ``commands``: what each was made by."""
+
+    bench: Bench
+    commands: tuple[str, ...]
+    suites: tuple[Suite, ...]
+
+
+def read(folders: Sequence[str]) -> Found:
+    """UserError if a folder holds nothing of ours, or something that cannot be read."""
+    benches: list[Bench] = []
+    suites: list[Suite] = []
+    outcomes: list[Outcome] = []
+    for name in folders:
+        folder = Path(name)
+        if not folder.is_dir():
+            raise UserError(f"{name}: expected a directory that `kvmove bench` wrote")
+        has_bench = (folder / result.FILE).is_file()
+        if has_bench:
+            benches.append(result.read(folder))
+        here = [junit(path) for path in sorted(folder.glob("*.xml"))]
+        played = [one for path in sorted(folder.glob("*.json")) if path.name != result.FILE for one in runs(path)]
+        if not has_bench and not here and not played:
+            raise UserError(f"{name}: there is no {result.FILE} in it, no JUnit file and no result of `kvmove run`")
+        suites += here
+        outcomes += played
+    if not benches:
+        raise UserError(f"{folders[0]}: expected at least one directory with a {result.FILE} (`kvmove bench`)")
+    whole = merged(benches)
+    whole = msgspec.structs.replace(whole, outcomes=(*whole.outcomes, *outcomes))
+    return Found(whole, tuple(one.command for one in benches), tuple(suites))
+
+
+def merged(benches: Sequence[Bench]) -> Bench:
+    """The first one, with the others' cells and findings after its own. UserError if they are of different machines."""
+    first = benches[0]
+    for other in benches[1:]:
+        for key in ("CPU", "cores", "GPUs"):
+            ours, theirs = first.machine.get(key), other.machine.get(key)
+            if ours != theirs:
+                raise UserError(
+                    f"{other.name}: {key} is {theirs}, of {first.name} it is {ours}: figures of two"
+                    " machines do not belong on one page (kvmove report --diff compares them)"
+                )
+    skipped: dict[str, str] = {}
+    for one in benches:
+        skipped |= one.skipped
+    return msgspec.structs.replace(
+        first,
+        cells=tuple(cell for one in benches for cell in one.cells),
+        figures=tuple(figure for one in benches for figure in one.figures),
+        goals=tuple(goal for one in benches for goal in one.goals),
+        outcomes=tuple(outcome for one in benches for outcome in one.outcomes),
+        timings=tuple(timing for one in benches for timing in one.timings),
+        took_s=sum(one.took_s for one in benches),
+        skipped=skipped,
+    )
+
+
+def junit(path: Path) -> Suite:
+    """What ``pytest --junit-xml`` writes. UserError if it is something else."""
+    try:
+        root = ElementTree.parse(path).getroot()
+    except (ElementTree.ParseError, OSError) as error:
+        raise UserError(f"{path}: not a JUnit file: {error}") from None
+    cases = []
+    for case in root.iter("testcase"):
+        outcome, why = "passed", ""
+        for kind, word in (("failure", "failed"), ("error", "failed"), ("skipped", "skipped")):
+            for node in case.findall(kind):
+                outcome, why = word, (node.get("message") or "").splitlines()[0] if node.get("message") else ""
+        group = case.get("classname", "").rpartition(".")[2]
+        cases.append(Case(group, case.get("name", ""), outcome, why, float(case.get("time", "0") or 0)))
+    if not cases:
+        raise UserError(f"{path}: a JUnit file without a test")
+    return Suite(path.name, tuple(cases))
+
+
+def runs(path: Path) -> list[Outcome]:
+    """The outcomes of a file that ``kvmove run --json`` wrote; none for another JSON file."""
+    try:
+        body: Any = msgspec.json.decode(path.read_bytes())
+    except (msgspec.DecodeError, OSError):
+        return []
+    bodies = body.get("runs", [body]) if isinstance(body, dict) else []
+    found = []
+    for one in bodies:
+        if not isinstance(one, dict) or "worlds" not in one or "scenario" not in one:
+            continue
+        for world, played in one["worlds"].items():
+            moves: dict[str, int] = {}
+            for operation in played.get("operations", []):
+                if operation.get("what") == "move":
+                    moves[operation["state"]] = moves.get(operation["state"], 0) + 1
+            violations = len(played.get("violations", []))
+            bad = [*played.get("hung", []), *played.get("expectations_failed", [])]
+            found.append(
+                Outcome(
+                    file="/".join(Path(one.get("file", "")).parts[-2:]),
+                    name=one["scenario"],
+                    world=world,
+                    good=bool(one.get("good")),
+                    wall_s=float(played.get("metrics", {}).get("wall_s", 0.0)),
+                    fired=played.get("fired", {}),
+                    violations=violations,
+                    moves=moves,
+                    why=bad[0] if bad else "",
+                )
+            )
+    return found
