@@ -145,9 +145,13 @@ class Bench(Part, frozen=True, kw_only=True):
 
 def write(bench: Bench, folder: Path) -> list[Path]:
     """bench.json, and samples.parquet where pyarrow is there; which files."""
+    return [write_json(bench, folder), *_parquet(bench, folder / "samples.parquet")]
+
+
+def write_json(bench: Bench, folder: Path) -> Path:
     path = folder / FILE
     path.write_bytes(msgspec.json.format(msgspec.json.encode(bench), indent=1) + b"\n")
-    return [path, *_parquet(bench, folder / "samples.parquet")]
+    return path
 
 
 def read(folder: Path) -> Bench:

@@ -60,7 +60,7 @@ def report(
         found = sources.read(folders)
         target = Path(out) / _file_name(name or found.bench.name)
         written = page.write(target, found.bench.name, found.bench.about, sections.sections(found))
-        written += result.write(found.bench, target)[:1]
+        written.append(result.write_json(found.bench, target))
     for path in written:
         print(path)
 
