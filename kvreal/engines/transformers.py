@@ -114,6 +114,7 @@ class TransformersEngine:
         parts, layers = self._parts()
         self.layout: Layout = like(parts, layers, block_tokens, axes)
         self.paged: Paged = Paged(self.layout, allocate(self.layout, [blocks], model.device))
+        self.copies: slots.Copies = slots.Copies(self.paged)
         self.free: List[int] = list(range(blocks))
         self.lock: threading.Lock = threading.Lock()
         self.there: Dict[Key, Tuple[Prompt, int, int]] = {}
@@ -196,13 +197,13 @@ class TransformersEngine:
     def fill(self, memory: Memory, task: StartFill, bytes_per_token: int) -> bool:
         """``kvreal.engines.base``"""
         for chunk, table, start, tokens in self._chunks(memory, task, bytes_per_token):
-            slots.store(self.paged, [table], start, tokens, chunk)
+            self.copies.store([table], start, tokens, chunk)
         return True
 
     def read(self, memory: Memory, task: StartRead, bytes_per_token: int) -> bool:
         """``kvreal.engines.base``"""
         for chunk, table, start, tokens in self._chunks(memory, task, bytes_per_token):
-            slots.load(self.paged, [table], start, tokens, chunk)
+            self.copies.load([table], start, tokens, chunk)
         return True
 
     def _chunks(self, memory: Memory, task: Any, bytes_per_token: int) -> Iterator[Tuple[Tensor, List[int], int, int]]:

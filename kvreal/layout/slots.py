@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Union
 
 import torch
 
+from kvreal.layout import gpu
 from kvreal.layout.paged import Paged, Tables
 from kvreal.memory import Memory
 
@@ -23,25 +24,31 @@ def slot(memory: Memory, location: str, number: int, nbytes: int) -> Tensor:
     return torch.from_numpy(slab.bytes[first : first + nbytes])
 
 
-def store(paged: Paged, tables: Tables, start: int, num_tokens: int, chunk: Tensor) -> None:
-    """Tokens [start, start + num_tokens) into ``chunk``, wherever it lies."""
-    if chunk.device == paged.device:
-        gather(paged, tables, start, num_tokens, chunk)
-        return
-    beside = torch.empty(chunk.numel(), dtype=torch.uint8, device=paged.device)
-    gather(paged, tables, start, num_tokens, beside)
-    chunk.copy_(beside)
+class Copies:
+    """Between one engine's blocks and chunks anywhere: by the Triton kernel where it can run, else by torch; the
+    bytes are the same. When a call returns, they are there for every other stream, thread and device."""
 
+    def __init__(self, paged: Paged) -> None:
+        self.paged: Paged = paged
+        self.why_torch: str = gpu.why_not(paged)
+        """Why not the kernel; "" if it is used."""
+        self.by: Union[Paged, gpu.Copier] = paged if self.why_torch else gpu.Copier(paged)
 
-def load(paged: Paged, tables: Tables, start: int, num_tokens: int, chunk: Tensor) -> None:
-    """``chunk``, wherever it lies, into tokens [start, start + num_tokens)."""
-    scatter(paged, tables, start, num_tokens, chunk.to(paged.device))
+    def store(self, tables: Tables, start: int, num_tokens: int, chunk: Tensor) -> None:
+        """Tokens [start, start + num_tokens) of a sequence into ``chunk``."""
+        if chunk.device == self.paged.device:
+            self.by.gather(tables, start, num_tokens, chunk)
+        else:
+            beside = torch.empty(chunk.numel(), dtype=torch.uint8, device=self.paged.device)
+            self.by.gather(tables, start, num_tokens, beside)
+            chunk.copy_(beside)
+        self._settle()
 
+    def load(self, tables: Tables, start: int, num_tokens: int, chunk: Tensor) -> None:
+        """``chunk`` into tokens [start, start + num_tokens) of a sequence."""
+        self.by.scatter(tables, start, num_tokens, chunk.to(self.paged.device))
+        self._settle()
 
-def gather(paged: Paged, tables: Tables, start: int, num_tokens: int, chunk: Tensor) -> None:
-    """By the Triton kernel where it can run, else by torch; the bytes are the same."""
-    paged.gather(tables, start, num_tokens, chunk)
-
-
-def scatter(paged: Paged, tables: Tables, start: int, num_tokens: int, chunk: Tensor) -> None:
-    paged.scatter(tables, start, num_tokens, chunk)
+    def _settle(self) -> None:
+        if self.paged.device.type == "cuda":
+            torch.cuda.current_stream(self.paged.device).synchronize()
