@@ -160,6 +160,10 @@ class Transfers:
         links, latency_ns, cap = transfer.path
         nbytes = transfer.nbytes
         overhead_ns = self._overhead_ns(transfer)
+        terms = transfer.effect.terms
+        if terms is not None and terms.cap_bytes_per_s:
+            cap = min(cap, terms.cap_bytes_per_s) if cap else terms.cap_bytes_per_s
+            transfer.path = (links, latency_ns, cap)
         fate = transfer.fate
         if fate is not None:
             if fate.fail or fate.stuck:

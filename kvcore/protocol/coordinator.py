@@ -28,6 +28,7 @@ from kvcore.protocol.messages import (
     Reserved,
     Retain,
     SourceOutcome,
+    Terms,
     event_id,
 )
 from kvcore.protocol.registry import Rank, Registry
@@ -40,6 +41,13 @@ DONE: Final = "done"
 FAILED: Final = "failed"
 
 
+def _of_each(terms: Optional[Terms], ranks: int) -> Optional[Terms]:
+    """The terms of one rank's copy: they share the cap."""
+    if terms is None or not terms.cap_bytes_per_s or ranks == 1:
+        return terms
+    return Terms(terms.priority, terms.weight, max(1, terms.cap_bytes_per_s // ranks))
+
+
 @final
 class Event:
     def __init__(self, number: int, request: MoveRequest, now: int, deadline_ns: int) -> None:
@@ -50,6 +58,8 @@ class Event:
         self.detail: str = ""
         self.begun_ns: int = now
         self.deadline_ns: int = deadline_ns
+        #: of one rank's copy
+        self.terms: Optional[Terms] = request.terms
         #: who is answered when num_tokens is fixed and when the event ends: (address, op)
         self.clients: List[Tuple[str, str]] = []
         #: who waits for the end only
@@ -135,6 +145,7 @@ class Coordinator:
             self.finish(now, event, FAILED, why[0], out)
             return event
         ranks = len(src)
+        event.terms = _of_each(m.terms, ranks)
         event.src = [rank.address for rank in src]
         event.dst = [rank.address for rank in dst]
         event.src_epochs = [rank.epoch for rank in src]
@@ -284,6 +295,7 @@ class Coordinator:
                             self.config.push and src != address,
                             m.evict,
                             event.src_endpoints[r],
+                            event.terms,
                         ),
                     )
                 )

@@ -25,6 +25,7 @@ from kvcore.protocol.messages import (
     Stop,
     Stopped,
     Suspect,
+    Terms,
 )
 from kvcore.protocol.pool import Pool, parent_of
 
@@ -48,6 +49,7 @@ class Reservation:
         self.pid: Pid = m.pid
         self.push: bool = m.push
         self.endpoint: str = m.src_endpoint
+        self.terms: Optional[Terms] = m.terms
         self.retain_ns: int = m.retain_ns
         self.controller: str = controller
         self.incarnation: int = m.incarnation
@@ -56,13 +58,17 @@ class Reservation:
         self.fence: Optional[bool] = None
         self.via: str = ""
 
-    def to_copy(self) -> Tuple[Tuple[int, ...], Tuple[int, ...], Tuple[int, ...]]:
-        """(my slots, the source's slots, lens in tokens) of the chunks that were not here."""
-        new = [i for i, slot in enumerate(self.own) if slot >= 0]
+    def to_copy(self) -> Tuple[Tuple[int, ...], Tuple[int, ...], Tuple[int, ...], Tuple[Key, ...]]:
+        """(my slots, the source's slots, lens in tokens, keys) of the chunks that were not here."""
+        own = self.own
+        if min(own) >= 0:
+            return tuple(own), self.src_slots[: len(own)], self.lens, self.keys
+        new = [i for i, slot in enumerate(own) if slot >= 0]
         return (
-            tuple([self.own[i] for i in new]),
+            tuple([own[i] for i in new]),
             tuple([self.src_slots[i] for i in new]),
             tuple([self.lens[i] for i in new]),
+            tuple([self.keys[i] for i in new]),
         )
 
 
@@ -209,12 +215,16 @@ class Destination:
                     held[i] = -2
 
     def _read(self, r: Reservation) -> StartCopy:
-        ours, theirs, lens = r.to_copy()
-        return StartCopy(r.rid, True, r.src, r.src_epoch, r.src_location, theirs, r.pool.name, ours, lens, r.endpoint)
+        ours, theirs, lens, keys = r.to_copy()
+        return StartCopy(
+            r.rid, True, r.src, r.src_epoch, r.src_location, theirs, r.pool.name, ours, lens, r.endpoint, keys, r.terms
+        )
 
     def _push(self, r: Reservation) -> Send:
-        ours, theirs, lens = r.to_copy()
-        push = Push(r.rid, r.pid, r.src_location, theirs, r.pool.name, ours, lens, self.epoch, self.endpoint)
+        ours, theirs, lens, keys = r.to_copy()
+        push = Push(
+            r.rid, r.pid, r.src_location, theirs, r.pool.name, ours, lens, self.epoch, self.endpoint, keys, r.terms
+        )
         return Send(r.src, push)
 
     def _stamp(self, r: Reservation, controller: str, stamp: int, incarnation: int) -> None:

@@ -115,7 +115,7 @@ class Drains:
             return
         keys, lens = drain.chains[drain.next - 1]
         left_ns = drain.deadline_ns - now
-        child = MoveRequest(f"{m.op}/{drain.next}", m.src, dst, keys, lens, m.copy, "", left_ns, m.evict)
+        child = MoveRequest(f"{m.op}/{drain.next}", m.src, dst, keys, lens, m.copy, "", left_ns, m.evict, (), m.terms)
         difference = namespace_mismatch(sources[0].register.namespace, destinations[0].register.namespace)
         why = ("mismatch", f"source {difference[0]}; destination {difference[1]}") if difference else ("", "")
         drain.child = self.moves.new_event()

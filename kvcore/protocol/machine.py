@@ -17,7 +17,7 @@
 
 from __future__ import annotations
 
-from typing import Callable, Dict, List, Tuple, Union
+from typing import Callable, Dict, List, Optional, Tuple, Union
 
 import msgspec
 
@@ -30,6 +30,7 @@ from kvcore.protocol.messages import (
     Register,
     Rid,
     SourceOutcome,
+    Terms,
     Wire,
 )
 from kvcore.protocol.timers import TimerName as TimerName
@@ -175,7 +176,8 @@ class Send(Record, frozen=True, gc=False):
 class StartCopy(Record, frozen=True, gc=False):
     """Move ``lens[i]`` tokens' bytes between my slots[i] of ``location`` and the peer's peer_slots[i].
 
-    ``read``: from the peer to me; else from me to the peer (a push; ``rid`` is then the peer's).
+    ``read``: from the peer to me; else from me to the peer (a push; ``rid`` is then the peer's). ``keys``: the
+    chunks'.
     """
 
     rid: Rid
@@ -188,6 +190,8 @@ class StartCopy(Record, frozen=True, gc=False):
     slots: Tuple[int, ...]
     lens: Tuple[int, ...]
     endpoint: str = ""
+    keys: Tuple[Key, ...] = ()
+    terms: Optional[Terms] = None
 
 
 class AbortCopy(Record, frozen=True, gc=False):

@@ -7,7 +7,7 @@ its sender's life by ``inc``, ``pid`` or ``epoch``; the sender's address comes w
 
 from __future__ import annotations
 
-from typing import Tuple, Union
+from typing import Optional, Tuple, Union
 
 import msgspec
 
@@ -194,6 +194,15 @@ class Renew(Message, frozen=True, gc=False):
     at_ns: int = 0
 
 
+class Terms(msgspec.Struct, frozen=True, gc=False, omit_defaults=True, forbid_unknown_fields=True):
+    """On what terms a copy shares its way with others. Of those that wait, the highest ``priority`` goes first; among
+    equals each gets by ``weight``. ``cap_bytes_per_s``: never faster than this; 0: as fast as it goes."""
+
+    priority: int = 0
+    weight: int = 1
+    cap_bytes_per_s: int = 0
+
+
 class Fetch(Message, frozen=True, gc=False):
     """controller -> destination. ``stamp`` is the controller's clock, echoed by Committed (H35)."""
 
@@ -213,6 +222,7 @@ class Fetch(Message, frozen=True, gc=False):
     push: bool = False
     evict: bool = True
     src_endpoint: str = ""
+    terms: Optional[Terms] = None
 
 
 class Reserved(Message, frozen=True, gc=False):
@@ -307,6 +317,8 @@ class Push(Message, frozen=True, gc=False):
     lens: Tuple[int, ...]
     epoch: int
     endpoint: str = ""
+    keys: Tuple[Key, ...] = ()
+    terms: Optional[Terms] = None
 
 
 class Pushed(Message, frozen=True, gc=False):
@@ -368,8 +380,7 @@ Position = Tuple[str, str]
 class MoveRequest(Message, frozen=True, gc=False):
     """client -> controller. Empty ``keys`` means all that ``src`` holds (drain). ``idem``: idempotency key.
 
-    ``also``: more destinations of a drain, taken in turn. ``priority`` and ``cap_bytes_per_s`` are carried and
-    journaled here; it is the data path's to honour them.
+    ``also``: more destinations of a drain, taken in turn. ``terms``: of its copies, over all ranks together.
     """
 
     op: str
@@ -382,8 +393,7 @@ class MoveRequest(Message, frozen=True, gc=False):
     deadline_ns: int = 0
     evict: bool = True
     also: Tuple[Position, ...] = ()
-    priority: int = 0
-    cap_bytes_per_s: int = 0
+    terms: Optional[Terms] = None
 
 
 class LookupRequest(Message, frozen=True, gc=False):

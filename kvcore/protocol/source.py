@@ -217,7 +217,8 @@ class Source:
         self.writers[m.rid] = Writer(src, m.pid)
         out.append(
             StartCopy(
-                m.rid, False, src, m.epoch, m.location, m.slots, m.src_location, m.src_slots, m.lens, m.endpoint
+                m.rid, False, src, m.epoch, m.location, m.slots, m.src_location, m.src_slots, m.lens, m.endpoint,
+                m.keys, m.terms,
             )
         )
 

@@ -16,6 +16,7 @@ from kvcore.protocol.messages import (
     Position,
     StatusRequest,
     StoreRequest,
+    Terms,
     UnpinRequest,
     UseRequest,
 )
@@ -189,11 +190,18 @@ class Compiler:
             body.idem,
             deadline_ns,
             not body.if_room,
+            (),
+            self._terms(body),
         )
         what = "all" if body.all else f"{body.prompt}, {sum(lens)} tokens"
         text = f"{what}: {body.src} -> {body.dst}{', copy' if body.copy else ''}"
         more_ns = max(0, deadline_ns - self.config.deadline_ns)
         return self._plain(name, "move", body, text, (request,), more_ns=more_ns)
+
+    def _terms(self, body: Any) -> Optional[Terms]:
+        cap = 0 if body.cap is None else int(body.cap.bytes_per_s)
+        terms = Terms(body.priority, body.weight, cap)
+        return None if terms == Terms() else terms
 
     def _store(self, name: str, body: Any) -> Op:
         where = f"step {name}"

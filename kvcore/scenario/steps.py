@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Final, Optional, Tuple, Union
+from typing import Annotated, Final, Optional, Tuple, Union
 
-from msgspec import field
+from msgspec import Meta, field
 
 from kvcore.scenario.topology import Part
-from kvcore.scenario.units import Duration, Tokens
+from kvcore.scenario.units import Duration, Rate, Tokens
 
 
 class Body(Part, frozen=True, kw_only=True):
@@ -30,7 +30,11 @@ class Store(Body, frozen=True, kw_only=True):
 
 
 class Move(Body, frozen=True, kw_only=True):
-    """``prompt`` (its first ``tokens``), or ``all: true``: everything there, a drain. ``if_room``: evict nothing."""
+    """``prompt`` (its first ``tokens``), or ``all: true``: everything there, a drain. ``if_room``: evict nothing.
+
+    ``priority``, ``weight``: whose bytes go first for real, and how those of one priority share; the simulator shares
+    alike. ``cap``: never faster.
+    """
 
     src: str = field(name="from")
     dst: str = field(name="to")
@@ -41,6 +45,9 @@ class Move(Body, frozen=True, kw_only=True):
     idem: str = ""
     deadline: Optional[Duration] = None
     if_room: bool = False
+    priority: Annotated[int, Meta(ge=-100, le=100)] = 0
+    weight: Annotated[int, Meta(ge=1, le=1000)] = 1
+    cap: Optional[Rate] = None
 
 
 class Lookup(Body, frozen=True, kw_only=True):

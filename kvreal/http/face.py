@@ -23,6 +23,7 @@ from kvcore.protocol.messages import (
     Position,
     Register,
     StatusRequest,
+    Terms,
     UnpinRequest,
     event_name,
     event_number,
@@ -116,9 +117,6 @@ class Face:
 
     # ---- moves
     async def move(self, body: b.MoveBody, idem: str = "") -> Reply:
-        if body.priority is not None or body.bandwidth_cap_bytes_per_s is not None:
-            name = "priority" if body.priority is not None else "bandwidth_cap_bytes_per_s"
-            return refusal("not_implemented", f"{name} is not enforced yet: leave it out", field=name)
         if body.copy is not None and body.should_copy is not None and body.copy != body.should_copy:
             return refusal("bad_body", "copy and should_copy contradict one another", field="should_copy")
         if idem and body.idempotency_key and idem != body.idempotency_key:
@@ -139,7 +137,7 @@ class Face:
         request = MoveRequest(
             "", body.old_position, body.new_position, keys, lens,
             copy=bool(body.copy or body.should_copy), idem=body.idempotency_key or idem,
-            deadline_ns=round((body.deadline_s or 0) * NS), evict=not body.if_room,
+            deadline_ns=round((body.deadline_s or 0) * NS), evict=not body.if_room, terms=terms_of(body),
         )  # fmt: skip
         return self._moved(await self._begin(request), body.old_position, body.new_position)
 
@@ -176,7 +174,7 @@ class Face:
             MoveRequest(
                 "", (body.instance_id, name), (body.to[0], name),
                 copy=body.copy, idem=f"{key}/{name}" if key else "", deadline_ns=round((body.deadline_s or 0) * NS),
-                evict=not body.if_room, also=tuple((instance, name) for instance in body.to[1:]),
+                evict=not body.if_room, also=tuple((instance, name) for instance in body.to[1:]), terms=terms_of(body),
             )
             for name in names
         ]  # fmt: skip
@@ -338,3 +336,8 @@ class Face:
 
     async def status(self, number: int) -> Answer:
         return await self.service.ask(StatusRequest("", number))
+
+
+def terms_of(body: Union[b.MoveBody, b.DrainBody]) -> Optional[Terms]:
+    terms = Terms(body.priority, body.weight, body.bandwidth_cap_bytes_per_s or 0)
+    return None if terms == Terms() else terms

@@ -28,6 +28,11 @@ class Reply(msgspec.Struct, frozen=True):
     """Base of all answers."""
 
 
+Priority = Annotated[int, Meta(ge=-100, le=100, description="Of the copies that wait, the highest goes first.")]
+Weight = Annotated[int, Meta(ge=1, le=1000, description="How copies of one priority share.")]
+Cap = Optional[Annotated[int, Meta(ge=1, lt=1 << 62, description="The bytes of a move never cross faster.")]]
+
+
 # ---- requests --------------------------------------------------------------------------------------------------------
 class MoveBody(Body, frozen=True):
     old_position: Place
@@ -41,8 +46,9 @@ class MoveBody(Body, frozen=True):
     idempotency_key: Annotated[Idem, Meta(description=IDEM_ABOUT)] = ""
     deadline_s: Annotated[Optional[Seconds], Meta(description="Undo all that is not decided by then.")] = None
     if_room: Annotated[bool, Meta(description="Fail rather than evict at the destination.")] = False
-    priority: Annotated[Optional[int], Meta(description="Not enforced yet: naming one is answered 501.")] = None
-    bandwidth_cap_bytes_per_s: Annotated[Optional[int], Meta(description="Not enforced yet: 501.")] = None
+    priority: Priority = 0
+    weight: Weight = 1
+    bandwidth_cap_bytes_per_s: Cap = None
     dry_run: Annotated[bool, Meta(description="Say what would move and what it would cost; move nothing.")] = False
 
 
@@ -54,6 +60,9 @@ class DrainBody(Body, frozen=True):
     idempotency_key: Annotated[Idem, Meta(description=IDEM_ABOUT)] = ""
     deadline_s: Optional[Seconds] = None
     if_room: bool = False
+    priority: Priority = 0
+    weight: Weight = 1
+    bandwidth_cap_bytes_per_s: Cap = None
 
 
 class LookupBody(Body, frozen=True):

@@ -21,7 +21,8 @@ from collections import deque
 from typing import Callable, Deque, Dict, List, Optional, Tuple, Union
 
 from kvcore.protocol.messages import Rid
-from kvreal.memory import Bytes, Memory, copy_bytes, kind_of
+from kvcore.scenario.topology import kind_of
+from kvreal.memory import Bytes, Memory, copy_bytes
 from kvreal.transfer.carrier import Carrier, Link
 from kvreal.transfer.flow import BATCH_BYTES, Flow
 from kvreal.transfer.frames import TransferError

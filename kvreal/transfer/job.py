@@ -9,7 +9,7 @@ from typing import Callable, List, Optional, Tuple
 import msgspec
 
 from kvcore.protocol.machine import StartCopy
-from kvcore.protocol.messages import Rid
+from kvcore.protocol.messages import Rid, Terms
 
 
 class Fate(msgspec.Struct, frozen=True):
@@ -72,9 +72,10 @@ class Job:
         self.lock: threading.Lock = threading.Lock()
         self.wake: Optional[Callable[[], None]] = None
         self.moved: int = 0
-        self.priority: int = 0
-        self.weight: float = 1.0
-        self.cap_bytes_per_s: int = 0
+        terms = effect.terms or Terms()
+        self.priority: int = terms.priority
+        self.weight: int = terms.weight
+        self.cap_bytes_per_s: int = terms.cap_bytes_per_s
         self.service: float = 0.0
         """What it has had so far for its weight, bytes; flow.py."""
         self.free_at_s: float = 0.0

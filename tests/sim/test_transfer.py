@@ -7,7 +7,10 @@ import pytest
 
 from kvcore.protocol.config import Config
 from kvcore.protocol.machine import AbortCopy, CloseWindow, CopyDone, CopyStopped, WindowClosed
+from kvcore.scenario.build import build
+from kvcore.scenario.loader import loads
 from kvcore.scenario.schema import CopyFault, Fault, When
+from kvsim.run import run
 from tests.sim.stubs import PROFILE, Stage, copy
 
 RID = (1, 1)
@@ -260,3 +263,21 @@ def test_copies_to_one_node_share_its_nic(count: int) -> None:
     assert len(ends) == count
     # The last byte cannot be there before all have come through the one NIC.
     assert ends[-1] >= start + 100 + 1000 * count
+
+
+def test_a_capped_copy_is_never_faster() -> None:
+    text = """
+name: capped
+kv: {bytes_per_token: 1 MiB, chunk: 16 tokens}
+instances:
+  a: {locations: {LocalCPUBackend: 1 GiB}}
+  b: {locations: {LocalCPUBackend: 1 GiB}}
+steps:
+  - store: {at: a/LocalCPUBackend, prompt: p, tokens: 256}
+  - move: {from: a/LocalCPUBackend, to: b/LocalCPUBackend, prompt: p, copy: true, as: free}
+  - clear: {at: b/LocalCPUBackend}
+  - move: {from: a/LocalCPUBackend, to: b/LocalCPUBackend, prompt: p, cap: 256 MiB/s, as: capped}
+"""
+    result = run(build(loads(text, "capped")))
+    copies = {phases.op: phases.copy_ns for phases in result.phases}
+    assert copies["free"] < 500_000_000 < 1_000_000_000 <= copies["capped"] < 1_010_000_000

@@ -148,10 +148,12 @@ def test_a_body_with_a_mistake_is_422_and_names_the_field(shared: Cluster) -> No
     assert (answer.status_code, answer.json()["field"]) == (422, "old_position")
 
 
-@pytest.mark.parametrize("option", [{"priority": 1}, {"bandwidth_cap_bytes_per_s": 1000}])
-def test_what_is_not_enforced_yet_is_501(shared: Cluster, option: dict[str, int]) -> None:
+@pytest.mark.parametrize(
+    "option", [{"priority": 101}, {"weight": 0}, {"bandwidth_cap_bytes_per_s": 0}, {"priority": 1.5}]
+)
+def test_terms_that_cannot_be_are_422(shared: Cluster, option: dict[str, int]) -> None:
     answer = shared.controller.move("a", "b", TOKENS, **option)
-    assert answer.status_code == 501
+    assert answer.status_code == 422
     assert answer.json()["field"] in option
 
 
