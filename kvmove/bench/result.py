@@ -121,7 +121,8 @@ class Timing(Part, frozen=True, kw_only=True):
 
 
 class Bench(Part, frozen=True, kw_only=True):
-    """All of one ``kvmove bench``. ``machine`` and ``versions``: name -> text. ``skipped``: what, why."""
+    """All of one ``kvmove bench``. ``machine`` and ``versions``: name -> text. ``skipped``: what this machine lacks;
+    ``failed``: what was tried and went wrong. Both: what -> why."""
 
     name: str
     about: str = ""
@@ -140,6 +141,7 @@ class Bench(Part, frozen=True, kw_only=True):
     outcomes: tuple[Outcome, ...] = ()
     timings: tuple[Timing, ...] = ()
     skipped: dict[str, str] = {}
+    failed: dict[str, str] = {}
     format: int = FORMAT
 
 

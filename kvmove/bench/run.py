@@ -20,9 +20,9 @@ from kvcore.scenario.build import Built
 from kvcore.scenario.profile import Profile, load_profile
 from kvcore.scenario.result import Result
 from kvmove.bench import live, matrix, measure
-from kvmove.bench.matrix import Machine, Matrix, Scenarios
+from kvmove.bench.matrix import Machine, Matrix, Point, Scenarios
 from kvmove.bench.result import Bench, Cell, Figure, Outcome, Timing
-from kvmove.errors import RealUnavailable, UserError
+from kvmove.errors import RealUnavailable, UserError, line_for
 from kvmove.play import Played, Player, prepare
 from kvmove.version import version_text
 
@@ -41,7 +41,7 @@ def machine() -> Machine:
         from kvreal.memory import provides
     except ImportError as error:
         raise RealUnavailable(f"the real world cannot run here ({error}): pip install 'kvmove[real]'") from None
-    known = tuple(name for name in transfer.NAMES if name != "auto")
+    known = tuple(name for name in transfer.names() if name != "auto")
     available = _available_bytes()
     return Machine(
         transports=tuple(transfer.available()), known=known, available_bytes=available, gpu="gpu" in provides()
@@ -91,6 +91,7 @@ class Bencher:
         self.progress: Progress = progress
         self.profile: Profile = load_profile(Path(wanted.profile)) if wanted.profile else Profile()
         self.skipped: dict[str, str] = {}
+        self.failed: dict[str, str] = {}
 
     def bench(self, command: Sequence[str]) -> Bench:
         begun, started = datetime.datetime.now(datetime.UTC), time.monotonic()
@@ -116,6 +117,7 @@ class Bencher:
             outcomes=tuple(outcomes),
             timings=tuple(timings),
             skipped=self.skipped,
+            failed=self.failed,
         )
 
     # ---- parts
@@ -126,10 +128,24 @@ class Bencher:
         try:
             for number, point in enumerate(points, 1):
                 with self.progress(f"cell {number} of {len(points)}: {point.name}"):
-                    found.append(measure.measure(point, self.matrix.repeats, self.matrix.warmup, pools, self._simulate))
+                    cell = self._cell(point, pools)
+                if cell is not None:
+                    found.append(cell)
         finally:
             pools.close()
         return found
+
+    def _cell(self, point: Point, pools: measure.Pools) -> Cell | None:
+        """None if it cannot be: one such cell is no reason to lose the others."""
+        try:
+            return measure.measure(point, self.matrix.repeats, self.matrix.warmup, pools, self._simulate)
+        except Exception as error:
+            why = line_for(error)
+            if why is None:
+                raise
+            pools.close()
+            self.failed[point.name] = why
+            return None
 
     def _simulate(self, built: Built) -> Result:
         from kvsim.run import run
@@ -147,7 +163,10 @@ class Bencher:
         cells = []
         for services, peer in asked:
             with self.progress(f"{services.name}: {peer.name}{' beside the reference' if python else ''}"):
-                cells.append(live.beside(services, peer, self.matrix.repeats, self.matrix.warmup, python))
+                try:
+                    cells.append(live.beside(services, peer, self.matrix.repeats, self.matrix.warmup, python))
+                except UserError as error:
+                    self.failed[f"{services.name}: {peer.name}"] = str(error)
         return cells
 
     def figures(self) -> list[Figure]:
@@ -156,7 +175,10 @@ class Bencher:
             if services.idle is None and services.memory is None and services.contention is None:
                 continue
             with self.progress(f"{services.name}: idle CPU, memory, contention"):
-                found += live.figures(services, self.matrix.repeats)
+                try:
+                    found += live.figures(services, self.matrix.repeats)
+                except UserError as error:
+                    self.failed[services.name] = str(error)
         return found
 
     def scenarios(self, wanted: Scenarios) -> tuple[list[Outcome], list[Timing]]:

@@ -37,8 +37,7 @@ def bench(
     * `kvmove bench kvmove/bench/record.yaml --out out/record`
     * `kvmove report out/record --out reports`
 
-    Exit status: 0 measured, 1 measured and a scenario with faults went wrong, 2 bad input or something that cannot be
-    measured here.
+    Exit status: 0 measured, 1 a cell could not be measured or a scenario went wrong, 2 bad input.
     """
     folder = Path(out)
     if folder.exists() and not folder.is_dir():
@@ -63,10 +62,12 @@ def bench(
         print(path)
     for what, why in found.skipped.items():
         print(f"skipped: {what}: {why}")
+    for what, why in found.failed.items():
+        print(f"FAILED: {what}: {why}")
     bad = [one for one in found.outcomes if not one.good]
     for one in bad:
         print(f"FAILED: {one.file} ({one.world}): {one.why}")
-    if bad:
+    if bad or found.failed:
         raise typer.Exit(FAILED)
 
 

@@ -34,6 +34,11 @@ class Chart(msgspec.Struct, frozen=True):
     alt: str
     svg: str
 
+    @property
+    def caption(self) -> str:
+        """What is drawn, without what is read off it."""
+        return self.alt.partition(": ")[0].partition(". ")[0].rstrip(".") + "."
+
 
 class Line(msgspec.Struct, frozen=True):
     """Points by x; ``low`` and ``high``: where half of the samples lie. ``limit``: a bound, drawn with dashes."""
@@ -113,7 +118,7 @@ def _inline(name: str, alt: str, svg: str) -> str:
     return "\n".join(line.rstrip() for line in svg.splitlines()).strip()
 
 
-def _legend(figure: Any, axes: Any, columns: int = 4) -> None:
+def _legend(figure: Any, axes: Any, columns: int = 3) -> None:
     handles, labels = axes.get_legend_handles_labels()
     if handles:
         figure.legend(handles, labels, loc="outside lower left", ncols=columns, handlelength=3)

@@ -71,7 +71,7 @@ def hardware(suites: Sequence[Suite]) -> Section | None:
 
 
 def left_out(bench: Bench, suites: Sequence[Suite]) -> Section | None:
-    rows = list(bench.skipped.items())
+    rows = [(what, f"✗ FAILED: {why}") for what, why in bench.failed.items()] + list(bench.skipped.items())
     if not suites:
         rows.append(("the hardware suite", "not run: pytest tests/hardware --junit-xml DIR/hardware.xml"))
     if not bench.outcomes:

@@ -79,8 +79,10 @@ def merged(benches: Sequence[Bench]) -> Bench:
                     " machines do not belong on one page (kvmove report --diff compares them)"
                 )
     skipped: dict[str, str] = {}
+    failed: dict[str, str] = {}
     for one in benches:
         skipped |= one.skipped
+        failed |= one.failed
     return msgspec.structs.replace(
         first,
         cells=tuple(cell for one in benches for cell in one.cells),
@@ -90,6 +92,7 @@ def merged(benches: Sequence[Bench]) -> Bench:
         timings=tuple(timing for one in benches for timing in one.timings),
         took_s=sum(one.took_s for one in benches),
         skipped=skipped,
+        failed=failed,
     )
 
 

@@ -66,7 +66,8 @@ def move(cell: Cell) -> Spread:
 
 
 def route(cell: Cell) -> str:
-    return f"{cell.route[0]} to {cell.route[1]}"
+    """``a/CPU to b/Disk``."""
+    return " to ".join(one.replace("Local", "").replace("Backend", "") for one in cell.route)
 
 
 def shown(cell: Cell) -> str:
