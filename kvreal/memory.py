@@ -20,7 +20,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from kvcore.scenario.topology import kind_of
+from kvcore.scenario.topology import kind_of as kind_of
 
 Bytes = npt.NDArray[np.uint8]
 Words = npt.NDArray[np.uint64]

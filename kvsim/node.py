@@ -42,6 +42,9 @@ from kvsim.network import Site
 if TYPE_CHECKING:
     from kvsim.cluster import Cluster
 
+Told = Dict[type, Dict[str, int]]
+"""What one input has made a node say so far: kind of message -> to whom -> how much later it leaves."""
+
 
 @final
 class Node:
@@ -304,22 +307,24 @@ class Node:
 
     # ---- the same, where nodes that are told at once wake one after the other ---------------------------------------
     def _carry_detailed(self, effects: List[Effect], leave: int) -> None:
-        told: Dict[str, int] = {}
+        told: Told = {}
         for effect in effects:
             if isinstance(effect, Send):
                 peer = self.peers.get(effect.dst)
                 if peer is not None:
-                    left = self._woken(told, effect.dst, leave)
+                    left = self._woken(told, effect, leave)
                     arrives_ns = left + self.cluster.network.message_ns(self.site, peer.site)
                     self.loop.at(arrives_ns, peer.on_arrival, Received(self.name, effect.msg))
             elif type(effect) is not Note or self.is_client:
                 leave = self._carry(effect, leave)
 
-    def _woken(self, told: Dict[str, int], dst: str, leave: int) -> int:
-        """When what goes to ``dst`` leaves. The node stays busy as long: nothing later overtakes it."""
-        late_ns = told.get(dst, -1)
-        if late_ns < 0:
-            late_ns = told[dst] = len(told) * self.cluster.profile.wake_ns
+    def _woken(self, told: Told, effect: Send, leave: int) -> int:
+        """When a message leaves: later, the more nodes were told the like just before. Nothing overtakes it: what goes
+        to the same node with it leaves no sooner, and this node stays busy as long."""
+        alike = told.setdefault(type(effect.msg), {})
+        late_ns = alike.setdefault(effect.dst, len(alike) * self.cluster.profile.wake_ns)
+        for others in told.values():
+            late_ns = max(late_ns, others.get(effect.dst, 0))
         if self.gate_ns < leave + late_ns:
             self.gate_ns = leave + late_ns
         return leave + late_ns
@@ -345,7 +350,7 @@ class Node:
         cluster = self.cluster
         plan = cluster.plan
         turn = self.turn
-        told: Dict[str, int] = {}
+        told: Told = {}
         for effect in effects:
             verdict = plan.effect(now, self.name, effect) if cluster.asks_about(effect) else FINE
             if verdict is FINE and type(effect) is not Send:
@@ -354,12 +359,12 @@ class Node:
             if verdict is FINE and not plan.blocks and not self.held:
                 peer = self.peers.get(effect.dst)  # type: ignore[union-attr]
                 if peer is not None:
-                    left = self._woken(told, peer.name, leave) if cluster.detailed else leave
+                    left = self._woken(told, effect, leave) if cluster.detailed else leave  # type: ignore[arg-type]
                     arrives_ns = left + cluster.network.message_ns(self.site, peer.site)
                     self.loop.at(arrives_ns, peer.on_arrival, Received(self.name, effect.msg))  # type: ignore[union-attr]
                 continue
             if isinstance(effect, Send):
-                self._send_asking(effect, verdict, self._woken(told, effect.dst, leave) if cluster.detailed else leave)
+                self._send_asking(effect, verdict, self._woken(told, effect, leave) if cluster.detailed else leave)
             elif verdict.drop:
                 pass
             elif verdict.delay_ns:

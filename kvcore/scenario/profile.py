@@ -112,7 +112,7 @@ class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
 
     A message takes ``service_ns`` at its sender and ``message_latency_ns`` on its way; ``key_ns`` more at either end
     for each chunk that it names, ``index_ns`` more at its sender for each one that it says has come or gone, and
-    ``wake_ns`` more for each other node that was told just before it by the same one.
+    ``wake_ns`` more for each other node that was told the like just before it by the same one.
     """
 
     name: str = "default"

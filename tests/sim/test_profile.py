@@ -157,13 +157,14 @@ def test_nodes_that_are_told_at_once_hear_it_one_after_the_other() -> None:
     heard = {}
     for wake_ns in (0, 400):
         stage = on_one_host(msgspec.structs.replace(PROFILE, wake_ns=wake_ns), "abc")
-        fence = Fence((1, 1), (1, 1))
+        fence, pin = Fence((1, 1), (1, 1)), Pin(1, 1, "l", (b"k",), True, 10**9)
         start = stage.loop.now_ns
-        stage.do("ctl", Send("a/0", fence), Send("b/0", fence), Send("a/0", fence), Send("c/0", fence))
+        sends = [Send("a/0", fence), Send("b/0", fence), Send("a/0", fence), Send("b/0", pin), Send("c/0", fence)]
+        stage.do("ctl", *sends)
         stage.loop.advance(10**9)
         heard[wake_ns] = [[at - start for at, _ in stage.puppet(f"{name}/0").seen] for name in "abc"]
-    assert heard[0] == [[1_100, 1_200], [1_100], [1_100]]
-    assert heard[400] == [[1_100, 1_200], [1_500], [1_900]]
+    assert heard[0] == [[1_100, 1_200], [1_100, 1_200], [1_100]]
+    assert heard[400] == [[1_100, 1_200], [1_500, 1_600], [1_900]]
 
 
 def test_what_is_sent_later_never_overtakes_however_many_are_told() -> None:

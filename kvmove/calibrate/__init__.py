@@ -1,0 +1,95 @@
+"""``kvmove calibrate``: measure this machine on real processes, and write the profile that the simulator reads.
+
+plan.py says what is played, measure.py plays it, samples.py reads what came of it, fit.py makes a profile of that,
+write.py a file, and check.py holds the profile against scenarios that had no part in it.
+"""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Sequence
+from typing import Final
+
+import msgspec
+
+from kvcore.scenario.profile import AUTO, Made, Profile
+from kvmove.calibrate.check import Accuracy, check
+from kvmove.calibrate.fit import Fitted, fit
+from kvmove.calibrate.measure import Measuring, Step, budget
+from kvmove.calibrate.write import text
+from kvmove.errors import UserError
+from kvmove.output import plural, size
+
+__all__ = ["AUTO", "Accuracy", "Calibrated", "calibrate", "check", "elsewhere", "transports"]
+
+QUICK_REPEATS: Final = 3
+REPEATS: Final = 9
+VERSIONS: Final = ("python", "pyzmq", "nixl", "torch")
+
+
+class Calibrated(msgspec.Struct, frozen=True):
+    """``text``: the file. ``lacking``: transport -> why it was not measured."""
+
+    fitted: Fitted
+    text: str
+    accuracy: Accuracy | None
+    lacking: dict[str, str]
+
+
+def transports(asked: Sequence[str]) -> list[str]:
+    """Those that are asked for, else all that are here. UserError for one that is unknown or not here."""
+    from kvmove.output import choice
+    from kvreal import transfer
+
+    known = [name for name in transfer.NAMES if name != AUTO]
+    for name in asked:
+        choice("--transport", name, known)
+        try:
+            transfer.resolve(name)
+        except transfer.TransferError as error:
+            raise UserError(f"--transport {name}: {error}") from None
+    return list(dict.fromkeys(asked)) or transfer.available()
+
+
+def calibrate(
+    name: str, asked: Sequence[str], *, quick: bool, seconds: float, of_its_kind: bool, checked: bool, step: Step
+) -> Calibrated:
+    """Measure for about ``seconds``, then hold the profile against the smoke scenarios if ``checked``.
+
+    ``of_its_kind``: leave out what tells this machine from others like it. Raises UserError, RealUnavailable."""
+    from kvreal.facts import machine
+    from kvreal.memory import provides
+
+    chosen = transports(asked)
+    step("asking this machine")
+    here = machine()
+    measuring = Measuring(chosen, budget(seconds, quick, here.memory_free_bytes, provides(), len(chosen)), step)
+    measuring.run()
+    step("fitting")
+    today = datetime.datetime.now(datetime.UTC).date().isoformat()
+    made = Made(date=today, cpu=here.cpu, cores=here.cores, host="" if of_its_kind else here.host)
+    fitted = fit(measuring.samples, measuring.parts, measuring.journal_ns, made, name)
+    carried = ", ".join(dict.fromkeys(by for one in measuring.samples for by in one.carried))
+    about = f"{here.cpu}, {plural(here.cores, 'core')}; bytes by {carried}"
+    fitted = msgspec.structs.replace(fitted, profile=msgspec.structs.replace(fitted.profile, about=about))
+    fitted.profile.check()
+    accuracy = None
+    if checked:
+        preferred = AUTO if not asked else measuring.samples[0].transport
+        accuracy = check(fitted.profile, preferred, QUICK_REPEATS if quick else REPEATS, step)
+    count = sum(len(one.moves) for one in measuring.samples)
+    known = [f"{what} {here.versions[what]}" for what in VERSIONS if what in here.versions]
+    facts = [
+        f"{today}: {about}; {', '.join(one.name for one in here.gpus) or 'no GPU'}",
+        f"{plural(here.numa_nodes, 'NUMA node')}, {size(here.memory_bytes)} of memory, {here.system}",
+        f"{', '.join(known)}; {count:,} moves{' (--quick)' if quick else ''}",
+    ]
+    facts += [f"not measured: {transport}: {why}" for transport, why in measuring.lacking.items()]
+    return Calibrated(fitted, text(fitted, facts, accuracy), accuracy, measuring.lacking)
+
+
+def elsewhere(profile: Profile) -> str:
+    """How a profile is another machine's; empty if it is this one's, or of its kind, or says nothing."""
+    from kvreal.facts import cores, cpu_model, host_id
+
+    return profile.made.elsewhere(cpu_model(), cores(), host_id()) if profile.made is not None else ""

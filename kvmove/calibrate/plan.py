@@ -1,0 +1,221 @@
+"""What calibration plays on real processes: scenarios, and what each of their moves is there to tell.
+
+Every move is asked for when all is quiet, as a serving instance's moves are, unless it is there to be in another's way.
+Prompts go back and forth between two places, so that nothing need be stored again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final
+
+import msgspec
+
+from kvcore.scenario.build import Built, build
+from kvcore.scenario.generate import expand
+from kvcore.scenario.loader import loads
+
+KIB: Final = 1 << 10
+MIB: Final = 1 << 20
+LOCATION: Final = {"cpu": "LocalCPUBackend", "disk": "LocalDiskBackend", "gpu": "LocalGPUBackend"}
+#: Between two CPU memories; elsewhere every second one, up to LARGEST_ELSEWHERE.
+SIZES: Final = (32 * KIB, 256 * KIB, MIB, 4 * MIB, 32 * MIB, 128 * MIB, 512 * MIB)
+QUICK_SIZES: Final = (32 * KIB, MIB, 4 * MIB, 32 * MIB, 128 * MIB)
+SMALL: Final = 4 * MIB
+"""Moves up to that size take as long as what surrounds them: they are made more often."""
+OFTEN: Final = 3
+ELSEWHERE: Final = (32 * KIB, MIB, 4 * MIB, 32 * MIB)
+#: Of 16 KiB each: what chunks cost by their number.
+CHUNKS: Final = (1, 64, 512, 1024)
+SMALL_CHUNK: Final = 16 * KIB
+LARGE_CHUNK: Final = 32 * MIB
+#: What two copies at once carry each.
+CONTENDED: Final = 64 * MIB
+LOOKUPS: Final = 40
+"""Asked at once: the controller then goes from one to the next without falling asleep."""
+
+
+class Ask(msgspec.Struct, frozen=True):
+    """One move: what it moves and where to."""
+
+    what: str
+    source: str
+    target: str
+    inside: bool
+    nbytes: int
+    chunks: int
+    group: int = 0
+    """Moves of one group are under way at once."""
+
+
+class Part(msgspec.Struct, frozen=True):
+    """One scenario, and its moves by the names of their steps."""
+
+    name: str
+    built: Built
+    asks: dict[str, Ask]
+
+
+class Writer:
+    """Builds one part."""
+
+    def __init__(
+        self, name: str, chunk_bytes: int, token_bytes: int, instances: dict[str, dict[str, int]], ranks: int = 1
+    ) -> None:
+        """``instances``: of each, the bytes that each kind of location must have room for."""
+        self.name: str = name
+        self.token_bytes: int = token_bytes
+        self.chunk_tokens: int = chunk_bytes // token_bytes
+        self.ranks: int = ranks
+        self.steps: list[str] = []
+        self.asks: dict[str, Ask] = {}
+        self.head: list[str] = [
+            f"name: calibrate-{name}",
+            f"kv: {{bytes_per_token: {token_bytes} B, chunk: {self.chunk_tokens} tokens}}",
+            "instances:",
+        ]
+        for instance, places in instances.items():
+            rooms = ", ".join(f"{LOCATION[kind]}: {room} B" for kind, room in places.items())
+            self.head.append(f"  {instance}: {{ranks: {ranks}, locations: {{{rooms}}}}}")
+
+    def store(self, instance: str, kind: str, prompt: str, nbytes: int) -> None:
+        at = f"{instance}/{LOCATION[kind]}"
+        self.steps.append(f"store: {{at: {at}, prompt: {prompt}, tokens: {nbytes // self.token_bytes}}}")
+
+    def use(self, instance: str, kind: str, prompt: str) -> None:
+        self.steps.append(f"use: {{at: {instance}/{LOCATION[kind]}, prompt: {prompt}}}")
+
+    def move(self, prompt: str, nbytes: int, source: tuple[str, str], target: tuple[str, str], group: int = 0) -> None:
+        """Of one group: at once, and the next ``settle`` waits for all."""
+        name = f"m-{len(self.asks)}"
+        chunks = -(-nbytes // (self.chunk_tokens * self.token_bytes))
+        inside = source[0] == target[0]
+        self.asks[name] = Ask(self.name, source[1], target[1], inside, nbytes // self.ranks, chunks, group)
+        places = [f"{instance}/{LOCATION[kind]}" for instance, kind in (source, target)]
+        also = ", background: true" if group else ""
+        self.steps.append(f"move: {{from: {places[0]}, to: {places[1]}, prompt: {prompt}, as: {name}{also}}}")
+
+    def lookup(self, prompt: str) -> None:
+        self.steps.append(f"lookup: {{prompt: {prompt}, background: true, as: l-{len(self.steps)}}}")
+
+    def settle(self) -> None:
+        self.steps.append("settle")
+
+    def part(self) -> Part:
+        text = "\n".join([*self.head, "steps:", *(f"  - {step}" for step in self.steps), ""])
+        return Part(self.name, build(expand(loads(text, self.name))), self.asks)
+
+
+def sizes(largest: int, quick: bool, rounds: int) -> Part:
+    """One chunk where 32 MiB suffice, from one CPU memory to another and back; read at the end."""
+    chosen = [size for size in (QUICK_SIZES if quick else SIZES) if size <= largest]
+    room = sum(max(size, LARGE_CHUNK) for size in chosen)
+    writer = Writer("sizes", LARGE_CHUNK, 32 * KIB, {"a": {"cpu": room}, "b": {"cpu": room}})
+    for size in chosen:
+        writer.store("a", "cpu", f"p{size}", size)
+    writer.settle()
+    for number in range(rounds):  # up and down again: small ones come after small ones, and find the caches so
+        here, there, order = ("a", "b", chosen) if number % 2 == 0 else ("b", "a", chosen[::-1])
+        for size in order:
+            writer.move(f"p{size}", size, (here, "cpu"), (there, "cpu"))
+            writer.settle()
+            for _ in range(OFTEN - 1 if size <= SMALL else 0):
+                writer.move(f"p{size}", size, (there, "cpu"), (here, "cpu"))
+                writer.settle()
+                writer.move(f"p{size}", size, (here, "cpu"), (there, "cpu"))
+                writer.settle()
+    for size in chosen:
+        if size <= LARGE_CHUNK:
+            writer.use("a" if rounds % 2 == 0 else "b", "cpu", f"p{size}")
+    return writer.part()
+
+
+def chunks(rounds: int) -> Part:
+    """The same few bytes a chunk, in ever more chunks."""
+    room = sum(CHUNKS) * SMALL_CHUNK
+    writer = Writer("chunks", SMALL_CHUNK, 4 * KIB, {"a": {"cpu": room}, "b": {"cpu": room}})
+    for count in CHUNKS:
+        writer.store("a", "cpu", f"p{count}", count * SMALL_CHUNK)
+    writer.settle()
+    for number in range(rounds):
+        here, there = ("a", "b") if number % 2 == 0 else ("b", "a")
+        for count in CHUNKS if number % 2 == 0 else CHUNKS[::-1]:
+            writer.move(f"p{count}", count * SMALL_CHUNK, (here, "cpu"), (there, "cpu"))
+            writer.settle()
+    return writer.part()
+
+
+def kinds(pairs: Sequence[tuple[str, str, bool]], rounds: int) -> Part:
+    """(source, target, inside) there and back again, in a few sizes."""
+    places = {kind for source, target, _ in pairs for kind in (source, target)}
+    room = len(ELSEWHERE) * LARGE_CHUNK * (len(pairs) + 1)
+    every = {kind: room for kind in LOCATION if kind in places}
+    writer = Writer("kinds", LARGE_CHUNK, 32 * KIB, {"a": every, "b": every})
+    prompts = {pair: {size: f"p-{number}-{size}" for size in ELSEWHERE} for number, pair in enumerate(pairs)}
+    for (source, _, _), named in prompts.items():
+        for size, prompt in named.items():
+            writer.store("a", source, prompt, size)
+    writer.settle()
+    for number in range(rounds):
+        for (source, target, inside), named in prompts.items():
+            ends = (("a", source), ("a" if inside else "b", target))
+            for size, prompt in named.items():
+                writer.move(prompt, size, *(ends if number % 2 == 0 else ends[::-1]))
+                writer.settle()
+    return writer.part()
+
+
+def contended(rounds: int) -> Part:
+    """Two copies at once: by one process (odd groups), and by two (even ones)."""
+    room = {"cpu": 4 * CONTENDED}
+    writer = Writer("contended", CONTENDED // 2, 32 * KIB, dict.fromkeys("abcd", room))
+    for instance, prompt in (("a", "p"), ("a", "q"), ("c", "r")):
+        writer.store(instance, "cpu", prompt, CONTENDED)
+    writer.settle()
+    for number in range(rounds):
+        writer.move("p", CONTENDED, ("a", "cpu"), ("b", "cpu"), 2 * number + 1)
+        writer.move("q", CONTENDED, ("a", "cpu"), ("b", "cpu"), 2 * number + 1)
+        writer.settle()
+        here, there = ("c", "d") if number % 2 == 0 else ("d", "c")
+        writer.move("p", CONTENDED, ("b", "cpu"), ("a", "cpu"), 2 * number + 2)
+        writer.move("r", CONTENDED, (here, "cpu"), (there, "cpu"), 2 * number + 2)
+        writer.settle()
+        writer.move("q", CONTENDED, ("b", "cpu"), ("a", "cpu"))
+        writer.settle()
+    return writer.part()
+
+
+def ranks(rounds: int) -> Part:
+    """Two ranks an instance: what is said to both at once."""
+    room = {"cpu": 8 * MIB}
+    writer = Writer("ranks", 32 * KIB, 2 * KIB, {"a": room, "b": room}, ranks=2)
+    writer.store("a", "cpu", "p", 64 * KIB)
+    writer.settle()
+    for number in range(rounds):
+        here, there = ("a", "b") if number % 2 == 0 else ("b", "a")
+        writer.move("p", 64 * KIB, (here, "cpu"), (there, "cpu"))
+        writer.settle()
+    return writer.part()
+
+
+def long(rounds: int) -> Part:
+    """The same again and again: with more of it or less, what the moves alone take of the processors."""
+    writer = Writer("long", LARGE_CHUNK, 32 * KIB, {"a": {"cpu": 4 * LARGE_CHUNK}, "b": {"cpu": 4 * LARGE_CHUNK}})
+    writer.store("a", "cpu", "p", 4 * LARGE_CHUNK)
+    writer.settle()
+    for number in range(rounds):
+        here, there = ("a", "b") if number % 2 == 0 else ("b", "a")
+        writer.move("p", 4 * LARGE_CHUNK, (here, "cpu"), (there, "cpu"))
+        writer.settle()
+    return writer.part()
+
+
+def burst() -> Part:
+    """So much to answer that the controller never sleeps: what one message costs it then."""
+    writer = Writer("burst", SMALL_CHUNK, 4 * KIB, {"a": {"cpu": MIB}, "b": {"cpu": MIB}})
+    writer.store("a", "cpu", "p", SMALL_CHUNK)
+    writer.settle()
+    for _ in range(LOOKUPS):
+        writer.lookup("p")
+    writer.settle()
+    return writer.part()
