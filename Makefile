@@ -17,7 +17,7 @@ TORCH_INDEX ?=
 CONSTRAIN = $(if $(shell ls /dev/nvidia[0-9]* 2>/dev/null || nvidia-smi -L 2>/dev/null),,-c constraints-cpu.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format bench bench-controller fast compare-long scenarios-real search clean demo-vllm test-vllm bench-vllm
+.PHONY: help setup demo test lint format bench bench-compare bench-peer bench-controller fast compare-long scenarios-real search clean demo-vllm test-vllm bench-vllm
 
 help:
 	@sed -n 's/^# \{0,1\}//p' Makefile | head -3
@@ -67,8 +67,27 @@ format: $(VENV)/.stamp
 	$(BIN)/ruff check --fix-only -q .
 	$(BIN)/ruff format kvmove tests/cli tests/test_imports.py setup.py
 
+# What is in tests/bench, saved under .benchmarks/. `make bench-compare` runs it again beside the last saved run: which
+# became slower, and by how much. BENCH names a part of it: make bench-compare BENCH=tests/bench/test_pools.py
+BENCH ?= tests/bench
 bench: $(VENV)/.stamp
-	$(BIN)/python -m pytest tests/bench -o addopts="--import-mode=importlib" --benchmark-only -s $(ARGS)
+	$(BIN)/python -m pytest $(BENCH) -o addopts="--import-mode=importlib" --benchmark-only --benchmark-autosave -s $(ARGS)
+
+bench-compare: $(VENV)/.stamp
+	$(BIN)/python -m pytest $(BENCH) -o addopts="--import-mode=importlib" --benchmark-only --benchmark-autosave \
+	  --benchmark-compare --benchmark-columns=median,iqr,rounds --benchmark-sort=name $(ARGS)
+
+# The reference, LMCache 0.5.6 on a CPU, in an environment of its own: `kvmove bench` then has it beside us.
+PEER ?= .venv-reference
+bench-peer: $(PEER)/.stamp
+	@echo "export KVMOVE_REFERENCE_PYTHON=$(CURDIR)/$(PEER)/bin/python"
+
+$(PEER)/.stamp:
+	@$(PYTHON) -m venv $(PEER)
+	@echo "installing the reference into $(PEER) (once; about 2 GB)"
+	@$(PEER)/bin/python -m pip --disable-pip-version-check install -qq $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) torch==2.13.0
+	@$(PEER)/bin/python -m pip --disable-pip-version-check install -qq nixl==1.5.1 lmcache==0.5.6
+	@touch $@
 
 # The controller, beside LMCache 0.5.6 in the same run where KVMOVE_REFERENCE_PYTHON names the interpreter of an
 # environment that has it. Prints ratios. The last one asserts: 64 clients while instances restart.

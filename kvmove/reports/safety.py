@@ -45,10 +45,14 @@ def _ends(moves: dict[str, int]) -> str:
     return ", ".join(f"{count} {state}" for state, count in sorted(moves.items())) or "-"
 
 
+SHOWN: Final = ("transport", "from", "to", "direction", "layout", "ranks", "MiB", "GB/s", "total_ms", "carried by")
+
+
 def hardware(suites: Sequence[Suite]) -> Section | None:
     if not suites:
         return None
-    tables, text = [], []
+    tables: list[Table] = []
+    text: list[str] = []
     for suite in suites:
         groups: dict[str, list[int]] = {}
         for case in suite.cases:
@@ -61,9 +65,14 @@ def hardware(suites: Sequence[Suite]) -> Section | None:
             if case.outcome == "skipped":
                 reasons[case.why or "no reason given"] = reasons.get(case.why or "no reason given", 0) + 1
         if reasons:
-            listed = sorted(reasons.items(), key=lambda one: -one[1])
-            why = tuple((str(count), text) for text, count in listed)
+            why = tuple((str(count), reason) for reason, count in sorted(reasons.items(), key=lambda one: -one[1]))
             tables.append(Table("What this machine lacks", ("tests", "skipped because"), why, (0,)))
+        moves = [row for row in suite.measured if "carried by" in row]
+        if moves:
+            head = tuple(name for name in SHOWN if any(name in row for row in moves))
+            listed = tuple(tuple(str(row.get(name, "")) for name in head) for row in moves)
+            numbers = tuple(at for at, name in enumerate(head) if name in SHOWN[5:])
+            tables.append(Table("Moves that it measured", head, listed, numbers))
         for case in suite.cases:
             if case.outcome == "failed":
                 text.append(f"FAILED: {case.group} {case.name}: {case.why}")

@@ -43,4 +43,5 @@ def machine(found: Found) -> Section:
         Table("This machine", ("", ""), tuple(bench.machine.items())),
         Table("Versions", ("", ""), tuple(bench.versions.items())),
     )
-    return Section("machine", "What machine, what was run", text, code=found.commands, tables=tables)
+    commands = (*found.commands, *(one.command for one in found.suites if one.command))
+    return Section("machine", "What machine, what was run", text, code=commands, tables=tables)

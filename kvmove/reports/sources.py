@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,10 +26,12 @@ class Case(msgspec.Struct, frozen=True):
 
 
 class Suite(msgspec.Struct, frozen=True):
-    """One run of the hardware suite."""
+    """One run of the hardware suite. ``measured``: what its tests noted, a row each."""
 
     file: str
     cases: tuple[Case, ...]
+    command: str = ""
+    measured: tuple[dict[str, Any], ...] = ()
 
     def count(self, outcome: str) -> int:
         return sum(one.outcome == outcome for one in self.cases)
@@ -54,8 +57,11 @@ def read(folders: Sequence[str]) -> Found:
         has_bench = (folder / result.FILE).is_file()
         if has_bench:
             benches.append(result.read(folder))
-        here = [junit(path) for path in sorted(folder.glob("*.xml"))]
-        played = [one for path in sorted(folder.glob("*.json")) if path.name != result.FILE for one in runs(path)]
+        others = [path for path in sorted(folder.glob("*.json")) if path.name != result.FILE]
+        here = [one for one in map(suite, others) if one is not None]
+        if not here:  # both say the same; JSON says more
+            here = [junit(path) for path in sorted(folder.glob("*.xml"))]
+        played = [one for path in others for one in runs(path)]
         if not has_bench and not here and not played:
             raise UserError(f"{name}: there is no {result.FILE} in it, no JUnit file and no result of `kvmove run`")
         suites += here
@@ -108,11 +114,30 @@ def junit(path: Path) -> Suite:
         for kind, word in (("failure", "failed"), ("error", "failed"), ("skipped", "skipped")):
             for node in case.findall(kind):
                 outcome, why = word, (node.get("message") or "").splitlines()[0] if node.get("message") else ""
-        group = case.get("classname", "").rpartition(".")[2]
-        cases.append(Case(group, case.get("name", ""), outcome, why, float(case.get("time", "0") or 0)))
+        cases.append(_case(case.get("name", ""), outcome, why, float(case.get("time", "0") or 0)))
     if not cases:
         raise UserError(f"{path}: a JUnit file without a test")
     return Suite(path.name, tuple(cases))
+
+
+def _case(name: str, outcome: str, why: str, seconds: float) -> Case:
+    """``test_between_tiers[cpu to disk]`` is of the group ``between tiers``."""
+    group = name.partition("[")[0].removeprefix("test_").replace("_", " ")
+    return Case(group, name, outcome, why, seconds)
+
+
+def suite(path: Path) -> Suite | None:
+    """What ``pytest --hardware-json`` writes; None for another JSON file."""
+    try:
+        body: Any = msgspec.json.decode(path.read_bytes())
+    except (msgspec.DecodeError, OSError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from None
+    if not isinstance(body, dict) or body.get("what") != "kvmove hardware suite":
+        return None
+    tests = body.get("tests", [])
+    cases = [_case(one["test"].partition("::")[2], one["outcome"], one["why"], one["seconds"]) for one in tests]
+    measured = [row for one in tests for row in one.get("measured", [])]
+    return Suite(path.name, tuple(cases), shlex.join(body.get("command", [])), tuple(measured))
 
 
 def runs(path: Path) -> list[Outcome]:

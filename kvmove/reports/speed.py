@@ -49,8 +49,8 @@ def throughput(bench: Bench) -> Section | None:
         tables.append(_throughput_table(here))
     text = (
         "Each rate is that of a whole move, protocol included. Dashed lines are the limits of the same run: what the"
-        ' bytes alone take, without a protocol. Of several of a kind, the fastest is drawn. "Of" a limit: its time over'
-        " ours, 1 is as fast.",
+        " bytes alone take, without a protocol. Of several of a kind, the fastest counts. The columns of limits say how"
+        " many times as fast as the limit ours is: 1 is as fast.",
     )
     return Section("throughput", "Throughput against size", text, charts=tuple(drawn), tables=tuple(tables))
 
@@ -112,8 +112,8 @@ def latency(bench: Bench) -> Section | None:
             continue
         for series in cell.series:
             if series.what in (MOVE, REFERENCE):
-                who = "the reference" if series.what == REFERENCE else cell.name
-                found.append((f"{who}, {size(cell.nbytes)}", [one * 1e3 for one in series.seconds]))
+                who = f"the reference, {size(cell.nbytes)}" if series.what == REFERENCE else cell.name
+                found.append((who, [one * 1e3 for one in series.seconds]))
     for figure in bench.figures:
         if figure.unit == "ms" and len(figure.samples) > 1:
             found.append((figure.name, figure.samples))
