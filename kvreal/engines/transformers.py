@@ -31,8 +31,10 @@ from kvcore.protocol.machine import StartFill, StartRead
 from kvcore.protocol.messages import Answer, Key, Namespace, StoreRequest, UseRequest
 from kvreal.instance_file import InstanceFile
 from kvreal.layout import slots
-from kvreal.layout.paged import INTEGERS, Paged, View, allocate
+from kvreal.layout.bind import allocate
+from kvreal.layout.paged import Paged
 from kvreal.layout.shape import ITEM_BYTES, Layout, Part, like
+from kvreal.layout.views import INTEGERS, View
 from kvreal.memory import Memory
 
 Tensor = Any

@@ -9,7 +9,8 @@ from typing import Any, Dict, Final, List, Sequence, Tuple
 import msgspec
 import torch
 
-from kvreal.layout.paged import Paged, Tables, View
+from kvreal.layout.paged import Paged, Tables
+from kvreal.layout.views import View
 
 Tensor = Any
 TOKENS_EACH: Final = 16

@@ -7,10 +7,13 @@ import time
 from typing import Callable, Dict, List
 
 
-def interleaved(ways: Dict[str, Callable[[], object]], rounds: int) -> Dict[str, List[float]]:
-    """Seconds of each call, after one that does not count."""
+def interleaved(ways: Dict[str, Callable[[], object]], rounds: int, limit_s: float = 15.0) -> Dict[str, List[float]]:
+    """Seconds of each call, after one that does not count; no round begins after ``limit_s``."""
     found: Dict[str, List[float]] = {name: [] for name in ways}
+    end = time.perf_counter() + limit_s
     for number in range(-1, rounds):
+        if number > 0 and time.perf_counter() > end:
+            break
         for name, way in ways.items():
             start = time.perf_counter()
             way()

@@ -10,8 +10,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from kvreal.layout.paged import Paged, View
+from kvreal.layout.paged import Paged
 from kvreal.layout.shape import ITEM_BYTES, LayoutError, Part, like
+from kvreal.layout.views import HostView, View
 from tests.real.layout.strategies import Kept, engines, pairs
 
 QUICK = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -83,6 +84,26 @@ def test_a_chunk_is_what_its_items_say(pair: Tuple[Kept, Kept, int, int]) -> Non
 
 
 @QUICK
+@given(pairs(), st.booleans())
+def test_torch_and_numpy_copy_the_same(pair: Tuple[Kept, Kept, int, int], gap: bool) -> None:
+    """The one is for GPUs, and compared here where everybody has the device."""
+    one, other, start, tokens = pair
+    if gap:
+        one.tables[0][-1] = other.tables[0][0] = -1
+    chunks = [torch.full((tokens * one.layout.bytes_per_token,), fill, dtype=torch.uint8) for fill in (7, 9)]
+    after = []
+    for chunk, plain in zip(chunks, (True, False)):
+        Paged(one.layout, one.tensors, plain).gather(one.tables, start, tokens, chunk)
+        given = [[tensor.clone() for tensor in group] for group in other.tensors]
+        there = Paged(other.layout, given, plain)
+        assert {type(view) for view in there.views} == {View if plain else HostView}
+        there.scatter(other.tables, start, tokens, chunk)
+        after.append([view.tensor for view in there.views])
+    assert torch.equal(*chunks)
+    assert all(torch.equal(a, b) for a, b in zip(*after))
+
+
+@QUICK
 @given(pairs())
 def test_what_one_engine_stored_another_of_other_layout_loads(pair: Tuple[Kept, Kept, int, int]) -> None:
     one, other, start, tokens = pair
@@ -147,7 +168,7 @@ def test_a_copy_that_mixes_parts_or_blocks_up_is_seen() -> None:
     kept.paged.gather([[2, 0]], 0, 8, chunk)
     assert bytes(chunk.tolist()) != one_by_one(kept, 0, 8)
     one, other = kept.paged.views
-    kept.paged.views = [View(one.plane, other.tensor, 1), View(other.plane, one.tensor, 1)]
+    kept.paged.views = [HostView(one.plane, other.tensor, 1), HostView(other.plane, one.tensor, 1)]
     kept.paged.gather(kept.tables, 0, 8, chunk)
     assert bytes(chunk.tolist()) != one_by_one(kept, 0, 8)
 

@@ -14,8 +14,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from kvreal.layout.bind import allocate
 from kvreal.layout.gpu import Copier, why_not
-from kvreal.layout.paged import Paged, allocate
+from kvreal.layout.paged import Paged
 from kvreal.layout.shape import Part, like
 from tests.real.layout.strategies import FORMS, Kept, engines, pairs
 
