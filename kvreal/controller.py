@@ -186,7 +186,7 @@ class ControllerProcess:
         )
         config = uvicorn.Config(
             app, log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=3, ws="none",
-            limit_concurrency=10_000, h11_max_incomplete_event_size=64 << 10, server_header=False,
+            proxy_headers=False, limit_concurrency=10_000, h11_max_incomplete_event_size=64 << 10, server_header=False,
         )  # fmt: skip
         self.server = Server(config)
         for number in (signal.SIGINT, signal.SIGTERM):

@@ -11,6 +11,7 @@ import logging
 import os
 import sys
 import time
+from functools import lru_cache
 from typing import Any, Callable, Dict, Final, List, Optional, TextIO, Union
 
 import msgspec
@@ -22,6 +23,11 @@ FIELDS: Final = ("event", "node", "epoch", "peer", "peer_epoch")
 LIVES: Final = frozenset({"registered", "expelled", "believed", "dead"})
 """Notes whose number is an epoch, not an event."""
 log = logging.getLogger("kvmove.events")
+
+
+@lru_cache(4)
+def _second(at: int) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(at))
 
 
 class _Lines(logging.Formatter):
@@ -41,7 +47,7 @@ class _Lines(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         line: Dict[str, Any] = {
-            "t": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03d}Z",
+            "t": f"{_second(int(record.created))}.{int(record.msecs):03d}Z",
             "level": record.levelname.lower(),
             "logger": record.name,
             "what": record.getMessage(),
@@ -63,6 +69,9 @@ class _Words(_Lines):
 
 def configure(level: int = logging.INFO, stream: Optional[TextIO] = None) -> None:
     """Log to ``stream`` (stderr) from now on, in place of wherever logs went before."""
+    # What no line of ours shows: asking for it takes longer than writing the line.
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
+    logging._srcfile = None
     stream = sys.stderr if stream is None else stream
     wanted = os.environ.get("KVMOVE_LOG", "")
     words = wanted == "human" if wanted in ("human", "json") else stream.isatty()

@@ -368,7 +368,10 @@ class Service:
 
     def _seen(self, now: int, item: m.Input, effects: List[m.Effect]) -> None:
         for listener in self.listeners:
-            self._tell(listener, now, item, effects)
+            try:
+                listener(now, item, effects)
+            except Exception:  # whoever looks on must not stop what it looks at
+                log.exception("a listener failed at %s", type(item).__name__)
         if self.onlookers:
             self._behind.append((now, item, effects))
             if self._behind_alarm is None:
@@ -378,21 +381,18 @@ class Service:
         for watcher in self.watchers:
             watcher.put((now, item, effects))
 
-    def _tell(self, listener: Listener, now: int, item: m.Input, effects: List[m.Effect]) -> None:
-        try:
-            listener(now, item, effects)
-        except Exception:  # whoever looks on must not stop what it looks at
-            log.exception("a listener failed at %s", type(item).__name__)
-
     def catch_up(self) -> None:
         """Tell those who look on what has happened by now."""
         if self._behind_alarm is not None:
             self._behind_alarm.cancel()
             self._behind_alarm = None
         behind, self._behind = self._behind, []
-        for step in behind:
-            for listener in self.onlookers:
-                self._tell(listener, *step)
+        for now, item, effects in behind:
+            for onlooker in self.onlookers:
+                try:
+                    onlooker(now, item, effects)
+                except Exception:
+                    log.exception("an onlooker failed at %s", type(item).__name__)
 
     def _said(self, said: Said) -> None:
         """Notes that a runner would wait for; faces see them by ``watch``."""

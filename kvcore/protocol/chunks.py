@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
+from functools import lru_cache
 from typing import List, Optional, Sequence, Tuple
 
 from kvcore.protocol.messages import Key, Namespace
@@ -11,6 +12,7 @@ from kvcore.protocol.messages import Key, Namespace
 KEY_BYTES = 32
 
 
+@lru_cache(256)
 def root_key(namespace: Namespace, adapter: str = "", salt: str = "") -> Key:
     """The seed of a namespace's keys. Fields are tagged and length-prefixed, so no two namespaces look alike (F30)."""
     digest = hashlib.blake2b(b"kvmove keys 1", digest_size=KEY_BYTES)
@@ -30,22 +32,32 @@ def chunk_keys(
 
     A short chunk's key differs from that of the longer chunk it begins: the digest covers its length.
     """
-    size = namespace.chunk_tokens
+    return packed_keys(namespace, struct.pack(f"<{len(tokens)}I", *tokens), adapter, salt)
+
+
+def packed_keys(
+    namespace: Namespace, tokens: bytes, adapter: str = "", salt: str = ""
+) -> Tuple[Tuple[Key, ...], Tuple[int, ...]]:
+    """The same of tokens that are packed already, four bytes each, little-endian."""
+    size = 4 * namespace.chunk_tokens
     previous = root_key(namespace, adapter, salt)
     keys: List[Key] = []
     lens: List[int] = []
     for start in range(0, len(tokens), size):
         part = tokens[start : start + size]
-        previous = next_key(previous, part)
+        previous = _next_key(previous, part)
         keys.append(previous)
-        lens.append(len(part))
+        lens.append(len(part) // 4)
     return tuple(keys), tuple(lens)
 
 
 def next_key(previous: Key, part: Sequence[int]) -> Key:
     """The key of the chunk ``part`` after the chunk, or the root, whose key is ``previous``."""
-    body = struct.pack(f"<I{len(part)}I", len(part), *part)
-    return hashlib.blake2b(previous + body, digest_size=KEY_BYTES).digest()
+    return _next_key(previous, struct.pack(f"<{len(part)}I", *part))
+
+
+def _next_key(previous: Key, part: bytes) -> Key:
+    return hashlib.blake2b(previous + struct.pack("<I", len(part) // 4) + part, digest_size=KEY_BYTES).digest()
 
 
 def namespace_mismatch(one: Namespace, other: Namespace) -> Optional[Tuple[str, str]]:

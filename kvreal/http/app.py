@@ -14,6 +14,7 @@ from fastapi.responses import Response, StreamingResponse
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.routing import Match
+from starlette.types import Receive, Scope, Send
 
 from kvreal.http import docs
 from kvreal.http import models as b
@@ -191,6 +192,14 @@ POSTS: Final[Tuple[Tuple[str, str, Any, str, Tuple[int, ...], str, Handler], ...
 )  # fmt: skip
 
 
+class App(FastAPI):
+    quick: Optional[Quick] = None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if self.quick is None or not await self.quick(scope, receive, send):
+            await super().__call__(scope, receive, send)
+
+
 def create_app(
     face: Face,
     *,
@@ -199,7 +208,7 @@ def create_app(
     max_body_bytes: int = MAX_BODY_BYTES,
 ) -> FastAPI:
     """``routers``: more routes (the page, the metrics), each with dependencies of its own."""
-    app = FastAPI(title="kvmove controller", description=ABOUT, version="1", docs_url=None, redoc_url=None)
+    app = App(title="kvmove controller", description=ABOUT, version="1", docs_url=None, redoc_url=None)
     app.state.face = face
 
     def allowed(role: str) -> List[Any]:
@@ -218,10 +227,7 @@ def create_app(
     app.openapi = lambda: _document(app)  # type: ignore[method-assign]
     if auth_dependency is None or isinstance(auth_dependency, Guard):
         admit = auth_dependency.admit if auth_dependency is not None else None
-        slow = app.build_middleware_stack
-        app.build_middleware_stack = lambda: Quick(  # type: ignore[method-assign]
-            slow(), admit, posts, face.wait, _reply_of, _encode
-        )
+        app.quick = Quick(admit, posts, face.wait, _reply_of, _encode)
     return app
 
 

@@ -8,7 +8,7 @@ import re
 from typing import Awaitable, Callable, Dict, Final, NamedTuple, Optional
 
 from starlette.requests import ClientDisconnect, Request
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
 from kvreal.http.status import Reply
 
@@ -28,11 +28,10 @@ class Post(NamedTuple):
 
 
 class Quick:
-    """Stands before an application."""
+    """Called as an application is. False: that is none of these, and nothing has been read or sent yet."""
 
     def __init__(
         self,
-        app: ASGIApp,
         admit: Optional[Admit],
         posts: Dict[str, Post],
         wait: Callable[[str, float], Awaitable[Reply]],
@@ -40,25 +39,23 @@ class Quick:
         encode: Callable[[object], bytes],
     ) -> None:
         """``posts`` by path; ``wait(event_id, seconds)``; ``reply_of``: what an error is answered with, if it is."""
-        self.app: ASGIApp = app
         self.admit: Optional[Admit] = admit
         self.posts: Dict[str, Post] = posts
         self.wait: Callable[[str, float], Awaitable[Reply]] = wait
         self.reply_of: Callable[[Exception], Optional[Reply]] = reply_of
         self.encode: Callable[[object], bytes] = encode
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> bool:
         found = self._find(scope) if scope["type"] == "http" else None
         if found is None:
-            await self.app(scope, receive, send)
-            return
+            return False
         request = Request(scope, receive)
         try:
             if self.admit is not None:
                 self.admit(found.role, request)
             reply = await found.answers(request)
         except ClientDisconnect:
-            return
+            return True
         except Exception as error:
             known = self.reply_of(error)
             if known is None:
@@ -70,6 +67,7 @@ class Quick:
             headers.append((name.lower().encode("latin-1"), value.encode("latin-1")))
         await send({"type": "http.response.start", "status": reply.status, "headers": headers})
         await send({"type": "http.response.body", "body": body})
+        return True
 
     def _find(self, scope: Scope) -> Optional[Post]:
         path: str = scope["path"]

@@ -217,7 +217,15 @@ def _chunks(record: Record) -> List[ChunkOutcome]:
     found: List[ChunkOutcome] = []
     present = [set(record.present.get(r, ())) for r in range(ranks)]
     kept = [set(record.kept_at.get(r, ())) for r in range(ranks)]
+    named = set().union(*present, *kept)
+    cuts = {n, *record.committed.values()}
+    alike: Optional[Tuple[str, str]] = None
     for i, tokens in enumerate(record.lens):
+        if i in cuts:
+            alike = None
+        elif alike is not None and i not in named:  # as its neighbour: nobody has said anything else of it
+            found.append(ChunkOutcome(i, tokens, *alike))
+            continue
         if unheard and state == "failed":
             where = "unknown"  # a destination may have committed it all the same
         elif unheard and i < n:
@@ -233,6 +241,8 @@ def _chunks(record: Record) -> List[ChunkOutcome]:
         if state == "done" and record.outcome is not None and record.outcome.reason == "same_place" and i < n:
             where, source = "present", "kept"  # a move to where it is: nothing was copied, and nothing deleted
         found.append(ChunkOutcome(i, tokens, where, source))
+        if i not in named:
+            alike = (where, source)
     return found
 
 
