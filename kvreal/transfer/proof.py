@@ -11,6 +11,7 @@ kernel's count of bytes that went through this process's TCP sockets (``tcp_byte
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import re
 import socket
@@ -78,9 +79,10 @@ class Tables:
             self._rows.append((int(low), top, lanes))
 
     def read(self) -> None:
-        """Take in what UCX has printed meanwhile."""
+        """Take in what UCX has printed meanwhile: into a file, which C's library writes in large blocks."""
         if self.fd < 0:
             return
+        ctypes.CDLL(None).fflush(None)
         size = os.fstat(self.fd).st_size
         if size > self.offset:
             data = os.pread(self.fd, size - self.offset, self.offset)
