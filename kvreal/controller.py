@@ -103,6 +103,7 @@ class ReplySocket:
         self.sock.setsockopt(zmq.MAXMSGSIZE, 1 << 16)
         if network.curve is not None:
             network.curve.listening(self.sock)
+        network.door.watch(self.sock, network.curve is not None)
         try:
             self.sock.bind(f"tcp://{bind}")
         except zmq.ZMQError as error:

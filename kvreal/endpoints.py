@@ -28,6 +28,7 @@ from kvcore.protocol.messages import (
     UseRequest,
     Wire,
 )
+from kvreal.door import Door
 
 log = logging.getLogger("kvmove.network")
 
@@ -38,6 +39,8 @@ MAX_FRAME_BYTES: Final = 64 << 20
 MAX_PEERS: Final = 20_000
 """Addresses that this process opens a socket to; a flood of made-up names ends there."""
 MAX_TOLD: Final = 1_000
+CLAIMS: Final = 16
+"""Names that frames of one kind and address are told for: several nodes may be behind an address, and one may lie."""
 BATCH: Final = 256
 """Frames taken in one go: the loop's other work comes in between."""
 NOW: Final = int(zmq.NOBLOCK)
@@ -106,6 +109,8 @@ class Endpoints:
         self.curve: Optional[Curve] = curve
         self.context: zmq.Context[Any] = zmq.Context(io_threads=1)
         self.context.set(zmq.MAX_SOCKETS, MAX_PEERS + 64)
+        #: what became of those who came to a listening socket of this context
+        self.door: Door = Door(self.context)
         self.pull: zmq.Socket[Any] = self._listening(zmq.PULL, bind)
         bound: str = self.pull.getsockopt_string(zmq.LAST_ENDPOINT).removeprefix("tcp://")
         self.address: str = endpoint_of(address or bound)
@@ -121,7 +126,8 @@ class Endpoints:
             "frames_sent": 0, "frames_received": 0, "frames_dropped": 0, "frames_malformed": 0, "frames_foreign": 0,
             "frames_refused": 0,
         }  # fmt: skip
-        self.told: Set[str] = set()
+        #: (kind, address) -> who it said it was, of frames that have been told
+        self.told: Dict[Tuple[str, str], Set[str]] = {}
         self._encode = msgspec.msgpack.Encoder().encode
         self._header = msgspec.msgpack.Decoder(Header).decode
         self._body = msgspec.msgpack.Decoder(Wire).decode
@@ -135,6 +141,7 @@ class Endpoints:
         sock.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME_BYTES)
         if self.curve is not None:
             self.curve.listening(sock)
+        self.door.watch(sock, self.curve is not None)
         try:
             sock.bind(f"tcp://{endpoint_of(bind)}")
         except zmq.ZMQError as error:
@@ -229,26 +236,33 @@ class Endpoints:
             return self._bad("malformed", frames, f"header: {error}")
         if header.cluster != self.cluster or header.dst not in self.names or not _ADDRESS.fullmatch(header.src):
             whose = f"{header.src[:80]!r} of {header.cluster[:80]!r} to {header.dst[:80]!r}"
-            return self._bad("foreign", frames, f"{whose}; this is {self.address} of {self.cluster!r}")
+            return self._bad("foreign", frames, f"{whose}; this is {self.address} of {self.cluster!r}", header.src)
         try:
             message: Wire = self._body(frames[1].buffer)
         except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-            return self._bad("malformed", frames, f"message of {header.src[:80]}: {error}")
+            return self._bad("malformed", frames, f"message of {header.src[:80]}: {error}", header.src)
         if type(message) in FACES_ONLY:
-            return self._bad("refused", frames, f"{type(message).__name__} of {header.src[:80]}: ask by HTTP")
+            why = f"{type(message).__name__} of {header.src[:80]}: ask by HTTP"
+            return self._bad("refused", frames, why, header.src)
         self.counters["frames_received"] += 1
         if len(self.heads) < MAX_PEERS:
             self.heads[frames[0].bytes] = header.src
         return header.src, message
 
-    def _bad(self, kind: str, frames: List[Any], why: str) -> Optional[Tuple[str, Wire]]:
+    def _bad(self, kind: str, frames: List[Any], why: str, claim: str = "") -> Optional[Tuple[str, Wire]]:
+        """Count, and tell once an address and ``claim``: who the frame says that it is from."""
         self.counters[f"frames_{kind}"] += 1
         try:
             peer = str(frames[0].get("Peer-Address"))
         except (zmq.ZMQError, IndexError, UnicodeDecodeError):
             peer = "unknown"
-        if (who := f"{kind} {peer}") not in self.told and len(self.told) < MAX_TOLD:
-            self.told.add(who)
+        claims = self.told.get((kind, peer))
+        if claims is None:
+            if len(self.told) >= MAX_TOLD:
+                return None
+            claims = self.told[(kind, peer)] = set()
+        if claim not in claims and len(claims) < CLAIMS:
+            claims.add(claim)
             log.warning("%s frame from %s: %s; more of its kind are counted only", kind, peer, why[:300])
         return None
 

@@ -158,7 +158,11 @@ class Instance:
 
     def _still_waiting(self) -> None:
         if not self.ever and not self.why:
-            log.warning("no word yet from the controller at %s:%d; serving meanwhile", *self.file.controller)
+            keys = "this node's keys do not fit" if self.file.keys else "it wants keys, and this node has none"
+            log.warning(
+                "no word yet from the controller at %s:%d: it is not there, or %s (its log says so); serving meanwhile",
+                *self.file.controller, keys,
+            )  # fmt: skip
 
     def _signalled(self) -> None:
         if self.server is not None:

@@ -219,8 +219,8 @@ class Doorkeeper(threading.Thread):
     def __init__(self, context: Any, peers: Peers) -> None:
         super().__init__(name="doorkeeper", daemon=True)
         self.peers: Peers = peers
-        self.told: Set[str] = set()
-        self.refused: int = 0
+        #: (address, its key): who has been told to be none of the peers
+        self.told: Set[Tuple[str, str]] = set()
         # Of its own context object, so that destroying the other leaves this socket to this thread to close.
         self.sock: Any = zmq.Context.shadow(context.underlying).socket(zmq.REP)
         self.sock.setsockopt(zmq.LINGER, 0)
@@ -244,15 +244,17 @@ class Doorkeeper(threading.Thread):
 
     def _answer(self, frames: List[bytes]) -> None:
         name: Optional[str] = None
+        key = "none"
         if len(frames) == 7 and frames[0] == b"1.0" and frames[2] == DOMAIN and frames[5] == b"CURVE":
-            name = self.peers.names().get(z85.encode(frames[6]))
+            key = z85.encode(frames[6]).decode()
+            name = self.peers.names().get(key.encode())
         number = frames[1] if len(frames) > 1 else b""
         if name is None:
-            self.refused += 1
             where = frames[3].decode(errors="replace") if len(frames) > 3 else "unknown"
-            if where not in self.told and len(self.told) < MAX_TOLD:
-                self.told.add(where)
-                log.warning("refused %s: its key is none of the peers in %s", where, self.peers.folder)
+            # Several nodes may be behind an address: each has its key, which is no secret.
+            if (where, key) not in self.told and len(self.told) < MAX_TOLD:
+                self.told.add((where, key))
+                log.warning("refused %s: its public key %s is none of the peers in %s", where, key, self.peers.folder)
             self.sock.send_multipart([b"1.0", number, b"400", b"not a peer", b"", b""])
         else:
             self.sock.send_multipart([b"1.0", number, b"200", b"OK", name.encode(), b""])

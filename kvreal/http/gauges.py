@@ -39,6 +39,20 @@ class Gauges(Collector):
         for name, count in sorted(self.service.network.counters.items()):
             frames.add_metric([name.removeprefix("frames_")], count)
         yield frames
+        yield from self._connections()
+
+    def _connections(self) -> Iterator[Metric]:
+        """Of the workers' ports."""
+        whole, why = self.service.network.door.counts()
+        about = "Connections of nodes: accepted; established; ended afterwards, also for a frame that was too large."
+        connections = CounterMetricFamily("kvmove_connections", about, labels=["what"])
+        for what, count in sorted(whole.items()):
+            connections.add_metric([what], count)
+        yield connections
+        refused = CounterMetricFamily("kvmove_handshakes_refused", "Connections that were refused.", labels=["why"])
+        for reason, count in sorted(why.items()):
+            refused.add_metric([reason], count)
+        yield refused
 
     def _views(self) -> Iterator[Tuple[List[str], Rank, View, int]]:
         for (instance, number), rank in sorted(self.machine.registry.ranks.items()):
@@ -81,13 +95,13 @@ class Gauges(Collector):
         machine = self.machine
         moves = sum(_pinned(event) for event in machine.moves.events.values())
         user = machine.fanouts.pins
-        yield _gauge("kvmove_pins", "Pins that moves hold at their sources' ranks.", moves)
-        yield _gauge("kvmove_leases", "User pins and leases that live.", len(user))
-        yield _gauge("kvmove_leased_chunks", "Chunks under them.", sum(len(one.keys) for one in user.values()))
+        yield _gauge("kvmove_move_pins", "Pins that moves hold at their sources' ranks.", moves)
+        yield _gauge("kvmove_user_pins", "Pins and leases of users that live.", len(user))
+        yield _gauge("kvmove_user_pinned_chunks", "Chunks under them.", sum(len(one.keys) for one in user.values()))
         deadlines = [machine.timers.deadlines.get(("hold", number, 0)) for number in user]
         ends = [deadline[0] for deadline in deadlines if deadline is not None]
         left = max(0, min(ends) - machine.spec.config.retry_ns - now) / 1e9 if ends else 0.0
-        yield _gauge("kvmove_lease_next_end_seconds", "Until the first of them ends; 0 if there is none.", left)
+        yield _gauge("kvmove_user_pin_next_end_seconds", "Until the first of them ends; 0 if there is none.", left)
 
 
 def _pinned(event: Event) -> int:

@@ -118,14 +118,14 @@ def test_leases_and_clears(shared: Cluster) -> None:
     shared.stored("a", tokens)
     answer = shared.controller.post("/lease", instance_id="a", location=CPU, tokens=tokens, seconds=60)
     assert answer.status_code == 200, answer.text
-    assert now(shared, "kvmove_leases") == 1
-    assert now(shared, "kvmove_leased_chunks") == 4
-    assert 50 < now(shared, "kvmove_lease_next_end_seconds") <= 60
+    assert now(shared, "kvmove_user_pins") == 1
+    assert now(shared, "kvmove_user_pinned_chunks") == 4
+    assert 50 < now(shared, "kvmove_user_pin_next_end_seconds") <= 60
     event = answer.json()["event_id"]
     assert shared.controller.post("/lease", event_id=event, seconds=90).status_code == 200
-    assert 80 < now(shared, "kvmove_lease_next_end_seconds") <= 90
+    assert 80 < now(shared, "kvmove_user_pin_next_end_seconds") <= 90
     assert shared.controller.post("/unpin", event_id=event).status_code == 200
-    assert now(shared, "kvmove_leases") == now(shared, "kvmove_lease_next_end_seconds") == 0
+    assert now(shared, "kvmove_user_pins") == now(shared, "kvmove_user_pin_next_end_seconds") == 0
     assert since("kvmove_pin_requests_total", what="begin") == since("kvmove_pin_requests_total", what="renew") == 1
     assert since("kvmove_moves_total", kind="pin", state="done", reason="unpinned") == 1
     assert shared.controller.post("/clear", instance_id="a", location=CPU).status_code == 200
@@ -166,7 +166,7 @@ def test_retries_and_a_rank_that_goes(shared: Cluster) -> None:
     assert since("kvmove_retries_total", message="Pin") >= 2
     assert since("kvmove_ranks_total", what="dead") == 1
     assert sum(now(shared, "kvmove_events_in_flight", state=phase) for phase in ("pinning", "copying")) == 0
-    assert now(shared, "kvmove_pins") == 0
+    assert now(shared, "kvmove_move_pins") == 0
 
 
 def test_the_dashboard_asks_for_what_there_is(shared: Cluster) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import logging
 import pickle
 import re
 import socket
@@ -133,6 +134,12 @@ class Sender:
         self.context.destroy(linger=0)
 
 
+def refused(node: Endpoints, why: str) -> int:
+    """Both ends see that one has keys and the other none; whichever is quicker ends the connection."""
+    counts = node.door.counts()[1]
+    return counts[why] + (counts["broken_off"] if why == "no_keys" else 0)
+
+
 def received(node: Endpoints) -> list[tuple[str, object]]:
     found = []
     while True:
@@ -171,11 +178,15 @@ def test_only_peers_deliver_a_frame(mine: Path, tmp_path: Path) -> None:
         "another cluster's server key": curve(foreign.cluster[0], known.node),
     }
     try:
-        for what, setup in strangers.items():
+        for (what, setup), why in zip(
+            strangers.items(), ("no_keys", "no_keys", "unknown_key", "unknown_key", "other_keys"), strict=True
+        ):
+            before = refused(node, why)
             stranger = Sender(node, setup)
             try:
                 stranger.until_refused()
                 assert received(node) == [], what
+                eventually(lambda why=why, before=before: refused(node, why) > before, what=what)
             finally:
                 stranger.close()
         assert all(count == 0 for name, count in node.counters.items() if name.startswith("frames_")), node.counters
@@ -186,6 +197,49 @@ def test_only_peers_deliver_a_frame(mine: Path, tmp_path: Path) -> None:
     finally:
         peer.close()
         node.close()
+
+
+def test_who_is_refused_is_logged_once_each_by_what_it_is(
+    mine: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Behind one address: two nodes whose keys nobody knows, by their keys; one of another cluster, however often."""
+    node = Endpoints("127.0.0.1:0", curve=load(mine))
+    known = load(mine)
+    unknown = [zmq.curve_keypair() for _ in range(2)]
+    other, _ = zmq.curve_keypair()
+    with caplog.at_level(logging.WARNING, "kvmove"):
+        for setup, why in (
+            (curve(known.cluster[0], unknown[0]), "unknown_key"), (curve(known.cluster[0], unknown[1]), "unknown_key"),
+            (curve(known.cluster[0], unknown[0]), "unknown_key"), (curve(other, known.node), "other_keys"),
+            (curve(other, known.node), "other_keys"),
+        ):  # fmt: skip
+            before = refused(node, why)
+            stranger = Sender(node, setup)
+            eventually(lambda why=why, before=before: refused(node, why) > before)
+            stranger.close()
+    node.close()
+    lines = [record.getMessage() for record in caplog.records]
+    for public, _ in unknown:
+        assert len([line for line in lines if f"its public key {public.decode()} is none of the peers" in line]) == 1
+    (clear,) = [line for line in lines if "its keys are of another cluster" in line]
+    assert re.match(r"refused (127\.0\.0\.1:\d+|unknown): ", clear)
+    assert len(lines) == 3, lines
+
+
+def test_a_refusal_is_told_again_at_the_tenth_and_the_hundredth(caplog: pytest.LogCaptureFixture) -> None:
+    node = Endpoints("127.0.0.1:0")
+    (watch,) = node.door.watches
+    with caplog.at_level(logging.WARNING, "kvmove"):
+        for port in range(150):
+            watch.tell(f"10.0.0.7:{port}", "not_zeromq")
+            watch.tell(f"10.0.0.8:{port}", "unknown_key")  # told by who has looked for it
+    node.close()
+    lines = [record.getMessage() for record in caplog.records]
+    assert lines == [
+        "refused 10.0.0.7:0: it does not speak ZeroMQ as it should",
+        "refused 10.0.0.7 10 times by now: it does not speak ZeroMQ as it should",
+        "refused 10.0.0.7 100 times by now: it does not speak ZeroMQ as it should",
+    ]
 
 
 def test_a_node_does_not_speak_to_who_has_not_the_clusters_secret(mine: Path, tmp_path: Path) -> None:
@@ -441,9 +495,21 @@ def test_a_move_with_keys_and_a_worker_without_them_is_not_heard(mine: Path, tmp
         assert controller.ended(answer.json()["event_id"])["state"] == "done"
         assert (found.workers.use("a", tokens), found.workers.use("b", tokens)) == (0, 300)
         assert controller.instances() == ["a", "b"]
+        why = ("no_keys", "broken_off")
+        refusals = [f'kvmove_handshakes_refused_total{{why="{one}"}}' for one in why]
+        eventually(lambda: sum(_figure(controller, name) for name in refusals) >= 1)
+        assert _figure(controller, 'kvmove_connections_total{what="established"}') >= 4
+        said = (tmp_path / "controller.err").read_text()
+        assert re.search("it calls without keys|it ended its handshake", said)
     finally:
         strange.close()
         found.close()
+
+
+def _figure(controller: Controller, name: str) -> float:
+    text = controller.http.get("/metrics").text
+    (line,) = [line for line in text.splitlines() if line.startswith(name)]
+    return float(line.rpartition(" ")[2])
 
 
 INSTANCE = """\
@@ -485,6 +551,7 @@ def test_instances_with_keys_in_their_files(mine: Path, tmp_path: Path) -> None:
             assert (event["state"], event["num_tokens"]) == ("done", 200)
             assert [one["instance_id"] for one in client.get("/instances").json()["instances"]] == ["a", "b"]
         assert "registered" not in instances[2].text()
+        instances[2].until_says("it is not there, or it wants keys, and this node has none")
 
 
 def _moved(answer: dict[str, object]) -> dict[str, object]:
