@@ -23,7 +23,7 @@ from kvmove.output import plural, size
 __all__ = ["AUTO", "Accuracy", "Calibrated", "calibrate", "check", "elsewhere", "transports"]
 
 QUICK_REPEATS: Final = 3
-REPEATS: Final = 9
+REPEATS: Final = 7
 VERSIONS: Final = ("python", "pyzmq", "nixl", "torch")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from statistics import median
 from typing import TYPE_CHECKING, Final
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
 
 SCENARIOS: Final = ("move", "prompt-4k", "copy-and-lookup", "shared-prefix", "tensor-parallel", "restart")
 """All of scenarios/smoke."""
+SLOW_S: Final = 2.0
+SLOWLY: Final = 3
+"""A scenario that takes longer is played no more often than that."""
 
 
 class Phase(msgspec.Struct, frozen=True):
@@ -60,14 +64,19 @@ def check(
     from kvreal.pool import Pool
     from kvsim.run import run as simulate
 
+    took: dict[str, float] = {}
     folder = scenarios_directory() / "smoke"
     prepared = {name: prepare(str(folder / f"{name}.yaml")) for name in scenarios}
     real: dict[str, list[Result]] = {name: [] for name in scenarios}
     with Pool(transport) as pool:
         for number in range(repeats + 1):
             for name, one in prepared.items():
+                if number > SLOWLY and took[name] > SLOW_S:
+                    continue
                 step(f"checking: {name}")
+                began = time.monotonic()
                 result = _play(one, pool)
+                took[name] = time.monotonic() - began
                 if number:
                     real[name].append(result)
     carried = list(dict.fromkeys(result.transport for found in real.values() for result in found if result.transport))

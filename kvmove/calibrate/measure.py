@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 PART_TIMEOUT_S: Final = 120.0
 JOURNALED: Final = 400
+SELDOM: Final = 2
 ROUNDS: Final = 2
 """There and back."""
 #: Moves that tell what copying takes of the processors: this many, and none but the first.
@@ -125,6 +126,8 @@ class Measuring:
 
     def _parts(self, first: bool, number: int) -> Iterator[Part]:
         budget = self.budget
+        for _ in range(SELDOM):
+            yield plan.seldom()
         yield plan.sizes(budget.largest, budget.quick, ROUNDS)
         yield plan.chunks(ROUNDS)
         if first or not budget.quick:

@@ -22,8 +22,7 @@ LOCATION: Final = {"cpu": "LocalCPUBackend", "disk": "LocalDiskBackend", "gpu": 
 SIZES: Final = (32 * KIB, 256 * KIB, MIB, 4 * MIB, 32 * MIB, 128 * MIB, 512 * MIB)
 QUICK_SIZES: Final = (32 * KIB, MIB, 4 * MIB, 32 * MIB, 128 * MIB)
 SMALL: Final = 4 * MIB
-"""Moves up to that size take as long as what surrounds them: they are made more often."""
-OFTEN: Final = 3
+"""Moves up to that size take as long as what surrounds them."""
 ELSEWHERE: Final = (32 * KIB, MIB, 4 * MIB, 32 * MIB)
 #: Of 16 KiB each: what chunks cost by their number.
 CHUNKS: Final = (1, 64, 512, 1024)
@@ -119,15 +118,24 @@ def sizes(largest: int, quick: bool, rounds: int) -> Part:
         for size in order:
             writer.move(f"p{size}", size, (here, "cpu"), (there, "cpu"))
             writer.settle()
-            for _ in range(OFTEN - 1 if size <= SMALL else 0):
-                writer.move(f"p{size}", size, (there, "cpu"), (here, "cpu"))
-                writer.settle()
-                writer.move(f"p{size}", size, (here, "cpu"), (there, "cpu"))
-                writer.settle()
     for size in chosen:
         if size <= LARGE_CHUNK:
             writer.use("a" if rounds % 2 == 0 else "b", "cpu", f"p{size}")
     return writer.part()
+
+
+def seldom() -> Part:
+    """The small sizes, a move each, soon after the nodes have started: what was not done for a while takes longer."""
+    chosen = [size for size in SIZES if size <= SMALL]
+    room = len(chosen) * SMALL
+    writer = Writer("sizes", SMALL, 32 * KIB, {"a": {"cpu": room}, "b": {"cpu": room}})
+    for size in chosen:
+        writer.store("a", "cpu", f"p{size}", size)
+    writer.settle()
+    for size in chosen:
+        writer.move(f"p{size}", size, ("a", "cpu"), ("b", "cpu"))
+        writer.settle()
+    return msgspec.structs.replace(writer.part(), name="seldom")
 
 
 def chunks(rounds: int) -> Part:

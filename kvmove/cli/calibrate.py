@@ -29,7 +29,7 @@ def calibrate(
     quick: Annotated[bool, typer.Option("--quick", help="Once through, fewer sizes: about 20 s.")] = False,
     seconds: Annotated[
         float, typer.Option("--seconds", help="Measure again and again for about so long.", min=1.0, max=3600.0)
-    ] = 60.0,
+    ] = 30.0,
     transport: Annotated[
         list[str] | None, typer.Option("--transport", help="Only this one. Repeatable.", metavar="NAME")
     ] = None,
