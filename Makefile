@@ -17,11 +17,12 @@ TORCH_INDEX ?=
 CONSTRAIN = $(if $(shell ls /dev/nvidia[0-9]* 2>/dev/null || nvidia-smi -L 2>/dev/null),,-c constraints-cpu.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format bench bench-compare bench-peer bench-controller fast compare-long scenarios-real search clean demo-vllm test-vllm bench-vllm
+.PHONY: help setup demo test lint format bench bench-compare bench-peer bench-controller fast compare-long scenarios-real search hardware hardware-bundle clean demo-vllm test-vllm bench-vllm
 
 help:
 	@sed -n 's/^# \{0,1\}//p' Makefile | head -3
 	@echo "Also: setup, lint, format, bench, bench-controller, fast, search, compare-long, scenarios-real, clean"
+	@echo "On hardware: hardware, hardware-bundle"
 
 setup: $(VENV)/.stamp
 
@@ -117,6 +118,16 @@ compare-long: $(VENV)/.stamp
 # Every scenario file on real processes, those too that wait long for a node to be found dead.
 scenarios-real: $(VENV)/.stamp
 	KVMOVE_REAL_ALL=1 $(BIN)/python -m pytest tests/real/test_scenarios.py $(ARGS)
+
+# What this machine can do, all of it (docs/hardware-suite.md): some minutes a transport. Its report goes to out/hardware.
+hardware: $(VENV)/.stamp
+	@mkdir -p out/hardware
+	$(BIN)/python -m pytest tests/hardware --junitxml out/hardware/suite.xml --hardware-json out/hardware/suite.json $(ARGS)
+
+# One archive of it for a machine without a network, run here once if there is such a Python (BUNDLE_PYTHON names one).
+hardware-bundle: $(VENV)/.stamp
+	$(BIN)/python tests/hardware/bundle.py --python $(or $(BUNDLE_FOR),3.12) --cuda $(or $(CUDA),13) \
+	  --check --quick -q --transports socket,nixl $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist out *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
