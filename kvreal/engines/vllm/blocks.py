@@ -42,7 +42,7 @@ class Paged:
         self.tensors: List[Tuple[Any, int]] = []
         self.runs: List[Run] = []
         seen: List[Tuple[int, Tuple[int, ...]]] = []
-        self.shape: Tuple[int, ...] = ()
+        self.form: str = ""
         for layer, tensor in caches.items():
             if not hasattr(tensor, "data_ptr"):
                 raise LayoutError(f"{layer} has no single KV tensor: {type(tensor).__name__}")
@@ -52,10 +52,10 @@ class Paged:
             axis = _block_axis(layer, tensor, num_blocks)
             self.tensors.append((tensor, axis))
             self.runs += _runs(layer, tensor, axis)
-            shape = tuple(n for i, n in enumerate(tensor.shape) if i != axis)
-            if self.shape and shape != self.shape:
-                raise LayoutError(f"{layer} has blocks of {shape}, other layers of {self.shape}")
-            self.shape = shape
+            form = _form(tensor, axis)
+            if self.form and form != self.form:
+                raise LayoutError(f"{layer} has blocks of {form}, other layers of {self.form}")
+            self.form = form
         if not self.runs:
             raise LayoutError("no KV tensors")
         self.num_blocks: int = num_blocks
@@ -73,19 +73,33 @@ def _block_axis(layer: str, tensor: Any, num_blocks: int) -> int:
 
 
 def _runs(layer: str, tensor: Any, axis: int) -> List[Run]:
-    """What comes after the block axis must be contiguous; each combination of what comes before it is a run."""
-    inner = tensor[tuple([0] * (axis + 1))] if axis + 1 < tensor.dim() else tensor[tuple([0] * axis)][:1]
-    if not inner.is_contiguous():
-        raise LayoutError(
-            f"{layer} has KV of shape {tuple(tensor.shape)} and strides {tuple(tensor.stride())}: its blocks are not "
-            "contiguous"
-        )
+    """By strides: what lies within a block's stride must be dense; each combination of what lies beyond it is a run."""
     item = tensor.element_size()
+    step = tensor.stride(axis)
+    others = [d for d in range(tensor.dim()) if d != axis and tensor.shape[d] > 1]
+    outer = [d for d in others if tensor.stride(d) > step]
+    dense = 1
+    for d in sorted([d for d in others if d not in outer], key=tensor.stride):
+        if tensor.stride(d) != dense:
+            raise LayoutError(
+                f"{layer} has KV of shape {tuple(tensor.shape)} and strides {tuple(tensor.stride())}: its blocks are "
+                "not contiguous"
+            )
+        dense *= tensor.shape[d]
     found = []
-    for outer in np.ndindex(*tensor.shape[:axis]):
-        offset = sum(i * tensor.stride(d) for d, i in enumerate(outer))
-        found.append(Run(tensor.data_ptr() + offset * item, tensor.stride(axis) * item, inner.numel() * item))
+    for where in np.ndindex(*[tensor.shape[d] for d in outer]):
+        offset = sum(i * tensor.stride(d) for d, i in zip(outer, where))
+        found.append(Run(tensor.data_ptr() + offset * item, step * item, dense * item))
     return found
+
+
+def _form(tensor: Any, axis: int) -> str:
+    """Sizes but that of the block axis, and in which order they lie in memory: ``4x128x128`` or ``4x128x128/1.0.2``."""
+    sizes = [n for d, n in enumerate(tensor.shape) if d != axis]
+    strides = [n for d, n in enumerate(tensor.stride()) if d != axis]
+    order = sorted(range(len(sizes)), key=lambda i: -strides[i])
+    text = "x".join(str(n) for n in sizes)
+    return text if order == sorted(order) else f"{text}/{'.'.join(str(i) for i in order)}"
 
 
 class Slots:
@@ -116,6 +130,8 @@ class Rows:
         self.per_chunk: int = blocks_per_chunk
         self.blocks: List[int] = []
         self.addresses: List[int] = []
+        self.done: int = 0
+        """How many have been copied, first to last: what is right even if a later one fails."""
 
     def add(self, block: int, location: str, slot: int, index: int) -> None:
         """``index``: the block's place within its chunk."""
@@ -146,6 +162,7 @@ class HostCopier:
             for run in self.runs:
                 move(run.address + block * run.stride, address, run.nbytes)
                 address += run.nbytes
+            rows.done += 1
 
 
 class DeviceCopier:
@@ -213,6 +230,7 @@ class DeviceCopier:
                     shape = [last - first, *[n for d, n in enumerate(tensor.shape) if d != axis]]
                     tensor.index_copy_(axis, ids, part.contiguous().view(tensor.dtype).view(shape).movedim(0, axis))
                 self._wait()
+                rows.done = last
 
     def _on_stream(self, mark: Any) -> Any:
         if self.stream is None:

@@ -117,10 +117,15 @@ class KVMoveConnector(KVConnectorBase_V1):  # type: ignore[misc]
     def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> Tuple[Optional[int], bool]:
         return self.scheduler.matched(request, num_computed_tokens) if self.scheduler is not None else (0, False)
 
-    @safe(lambda: None)
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
-        if self.scheduler is not None:
-            self.scheduler.admitted(request, blocks.get_block_ids()[0], num_external_tokens)
+        if self.scheduler is None:
+            return
+        block_ids = blocks.get_block_ids()[0]
+        try:
+            self.scheduler.admitted(request, block_ids, num_external_tokens)
+        except Exception:
+            log.exception("a load is not prepared")
+            self.scheduler.abandon(request, block_ids, num_external_tokens)
 
     def get_external_cache_hit_sources(self, request: Any, num_external_tokens: int) -> Dict[Any, int]:
         if not num_external_tokens or self.scheduler is None:
@@ -128,9 +133,14 @@ class KVMoveConnector(KVConnectorBase_V1):  # type: ignore[misc]
         disk = kind_of(self.scheduler.source_of(request)) == "disk"
         return {CacheHitSource.DISK if disk else CacheHitSource.HOST: num_external_tokens}
 
-    @safe(Metadata)
     def build_connector_meta(self, scheduler_output: Any) -> Metadata:
-        return Metadata(self.scheduler.plan(scheduler_output)) if self.scheduler is not None else Metadata()
+        if self.scheduler is None:
+            return Metadata()
+        try:
+            return Metadata(self.scheduler.plan(scheduler_output))
+        except Exception:
+            log.exception("a step is not planned; what was to be loaded in it is computed")
+            return Metadata(self.scheduler.no_plan())
 
     @safe(lambda: None)
     def update_connector_output(self, connector_output: Any) -> None:
@@ -138,7 +148,13 @@ class KVMoveConnector(KVConnectorBase_V1):  # type: ignore[misc]
             self.scheduler.failed(sorted(connector_output.invalid_block_ids))
 
     def request_finished(self, request: Any, block_ids: List[int]) -> Tuple[bool, Optional[Dict[str, Any]]]:
-        return (self.scheduler.finished(request) if self.scheduler is not None else False), None
+        if self.scheduler is None:
+            return False, None
+        try:
+            return self.scheduler.finished(request), None
+        except Exception:
+            log.exception("the end of %s is not noted", request.request_id)
+            return self.scheduler.forget(request), None
 
     # ---- worker side
     def register_kv_caches(self, kv_caches: Dict[str, Any]) -> None:
@@ -176,6 +192,7 @@ class KVMoveConnector(KVConnectorBase_V1):  # type: ignore[misc]
         except Exception:
             log.exception("loads failed")
             self.worker.fail(self.plan.loads)
+        self.worker.fail(self.plan.abandoned)
 
     def wait_for_layer_load(self, layer_name: str) -> None:
         return
@@ -183,10 +200,14 @@ class KVMoveConnector(KVConnectorBase_V1):  # type: ignore[misc]
     def save_kv_layer(self, layer_name: str, kv_layer: Any, attn_metadata: Any, **kwargs: Any) -> None:
         return
 
-    @safe(lambda: None)
     def wait_for_save(self) -> None:
-        if self.worker is not None:
+        if self.worker is None:
+            return
+        try:
             self.worker.start_saves(self.plan)
+        except Exception:
+            log.exception("prompts are not stored")
+            self.worker.skip_saves(self.plan)
 
     @safe(lambda: (None, None))
     def get_finished(self, finished_req_ids: Set[str]) -> Tuple[Optional[Set[str]], Optional[Set[str]]]:

@@ -39,5 +39,7 @@ class Save(msgspec.Struct, frozen=True):
 class Plan(msgspec.Struct, frozen=True):
     loads: Tuple[Load, ...] = ()
     saves: Tuple[Save, ...] = ()
+    abandoned: Tuple[Load, ...] = ()
+    """What vLLM was promised and will not come: its blocks are to be reported."""
     preempted: bool = False
     """Blocks are about to be taken from somebody: what is still read from them must be read first."""

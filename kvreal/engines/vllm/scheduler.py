@@ -67,6 +67,7 @@ class Scheduler:
         self.requests: Dict[str, Asked] = {}
         self.names: Dict[str, Asked] = {}
         self.loads: List[Load] = []
+        self.abandoned: List[Load] = []
         self.tally: Tally = Tally()
 
     def connect(self, addresses: Sequence[str], block_bytes: int, parent: int) -> None:
@@ -213,6 +214,26 @@ class Scheduler:
             Load(request.request_id, asked.name, sync, first, blocks, found, count, moved, one.event)
         )
 
+    def abandon(self, request: Any, block_ids: Sequence[int], count: int) -> None:
+        """What was offered to this request will not come."""
+        asked = self.requests.get(request.request_id)
+        if asked is None or count <= 0:
+            return
+        asked.tried = True
+        local = max(0, asked.offered)
+        blocks = tuple(block_ids[local // self.block : -(-(local + count) // self.block)])
+        sync = self.mode == "sync" or (self.mode == "auto" and len(blocks) * self.block_bytes <= SYNC_BYTES)
+        load = Load(request.request_id, asked.name, sync, local // self.block, blocks, (), count, 0, "")
+        self.loads = [one for one in self.loads if one.request != request.request_id]
+        self.abandoned.append(load)
+        self.tally.add("lookups", 1, "abandoned")
+
+    def no_plan(self) -> Plan:
+        """Nothing is done in this step, and what was promised for it is taken back."""
+        loads, self.loads = [*self.loads, *self.abandoned], []
+        self.abandoned = []
+        return Plan(abandoned=tuple(loads), preempted=True)
+
     def source_of(self, request: Any) -> str:
         """The location that a load offered to this request comes from."""
         asked = self.requests.get(request.request_id)
@@ -220,7 +241,6 @@ class Scheduler:
 
     def plan(self, output: Any) -> Plan:
         """What the workers do in this step."""
-        loads, self.loads = tuple(self.loads), []
         saves: List[Save] = []
         computed = {new.req_id: new.num_computed_tokens for new in output.scheduled_new_reqs}
         cached = output.scheduled_cached_reqs
@@ -231,13 +251,17 @@ class Scheduler:
                 continue
             if computed[request_id] + scheduled >= asked.num_tokens:
                 groups = output.kv_connector_block_state.get_block_ids(request_id)
-                if groups is None:
-                    continue
-                asked.to_save = False
-                asked.saved += 1
-                asked.blocks = tuple(groups[0][: -(-asked.num_tokens // self.block)])
-                saves.append(Save(request_id, f"{request_id}!{asked.saved}", asked.prompt, asked.blocks))
-        return Plan(loads, tuple(saves), bool(output.preempted_req_ids))
+                if groups is not None:
+                    blocks = tuple(groups[0][: -(-asked.num_tokens // self.block)])
+                    saves.append(Save(request_id, f"{request_id}!{asked.saved + 1}", asked.prompt, blocks))
+        for save in saves:  # from here on nothing fails: what is noted is what the workers are told
+            asked = self.requests[save.request]
+            asked.to_save = False
+            asked.saved += 1
+            asked.blocks = save.blocks
+        loads, self.loads = tuple(self.loads), []
+        abandoned, self.abandoned = tuple(self.abandoned), []
+        return Plan(loads, tuple(saves), abandoned, bool(output.preempted_req_ids))
 
     def failed(self, blocks: Sequence[int]) -> None:
         """These blocks were not loaded: what was to be saved from them was not, and will be once it is computed."""
@@ -254,6 +278,11 @@ class Scheduler:
         if not asked.tried:
             self._let_go(asked)
         return asked.saved > 0
+
+    def forget(self, request: Any) -> bool:
+        """As ``finished``, and no more than what vLLM must be told."""
+        asked = self.requests.pop(request.request_id, None)
+        return asked is not None and asked.saved > 0
 
     def close(self) -> None:
         for link in self.links.values():

@@ -70,9 +70,8 @@ def layout(config: Any, paged: Paged, block: int) -> str:
     import vllm
 
     backend, isa = _backend(config)
-    shape = "x".join(str(n) for n in paged.shape)
     parts = ["vllm" + ".".join(vllm.__version__.split("+")[0].split(".")[:2]), backend, *([isa] if isa else [])]
-    return ",".join([*parts, f"block={block}", f"layers={paged.layers}", f"shape={shape}"])
+    return ",".join([*parts, f"block={block}", f"layers={paged.layers}", f"shape={paged.form}"])
 
 
 def _backend(config: Any) -> tuple[str, str]:

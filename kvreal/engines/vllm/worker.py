@@ -147,12 +147,20 @@ class Worker:
                     self.received.add(load.request)
 
     def start_saves(self, plan: Plan) -> None:
+        """A prompt of which a block was not loaded in this step is not sound yet: it is said to be saved once more."""
+        mark = self.copier.mark() if plan.saves else None
         for save in plan.saves:
             with self.lock:
                 sound = self.errors.isdisjoint(save.blocks)
                 self.saving[save.request] = self.saving.get(save.request, 0) + sound
             if sound:
-                self.save_queue.put((save, self.copier.mark()))
+                self.save_queue.put((save, mark))
+
+    def skip_saves(self, plan: Plan) -> None:
+        """vLLM waits to be told of the end of each, also of those that will not be."""
+        with self.lock:
+            for save in plan.saves:
+                self.saving.setdefault(save.request, 0)
 
     def finished(self, requests: Set[str]) -> Tuple[Set[str], Set[str]]:
         """(requests whose blocks are not read from any more, requests whose loads have ended)."""
@@ -187,9 +195,14 @@ class Worker:
     def _load(self, load: Load, mark: Any, speaker: Speaker) -> None:
         began = time.monotonic()
         mode = "sync" if load.sync else "async"
+        rows = Rows(self.child.slots, self.paged.block_bytes, self.per_chunk)
+        good = 0
         try:
-            self.copy_in(load, mark)
-            told = speaker.ask(Loaded(load.name))
+            try:
+                self.copy_in(load, rows, mark)
+            finally:
+                told = speaker.ask(Loaded(load.name))
+                good = rows.done if told.ok else 0
             if not told.ok:
                 raise LoadFailed(told.why, "the rank did not hold it until the end")
         except Exception as error:
@@ -198,10 +211,10 @@ class Worker:
                       f"; moved here by event {load.event}" if load.event else "",
                       extra={"event": load.event})  # fmt: skip
             with self.lock:
-                self.errors.update(load.blocks)
+                self.errors.update(load.blocks[good:])
                 self.tally.add("load_failures", 1, reason)
                 if not self.rank:
-                    self.tally.add("failed_load_tokens", load.num_tokens, reason)
+                    self.tally.add("failed_load_tokens", load.num_tokens - good * self.block, reason)
             return
         with self.lock:
             if not self.rank:  # each rank has loaded its part of the same tokens
@@ -212,9 +225,8 @@ class Worker:
                 self.tally.add("loads", 1, mode)
                 self.tally.add("load_seconds", time.monotonic() - began, mode)
 
-    def copy_in(self, load: Load, mark: Any) -> None:
+    def copy_in(self, load: Load, rows: Rows, mark: Any) -> None:
         location, slots = load.found[self.rank]
-        rows = Rows(self.child.slots, self.paged.block_bytes, self.per_chunk)
         for i, block in enumerate(load.blocks):
             chunk, index = divmod(load.first + i, self.per_chunk)
             rows.add(block, location, slots[chunk], index)
