@@ -98,6 +98,7 @@ class Player:
         bind: str = "",
     ) -> None:
         self.worlds: tuple[str, ...] = tuple(worlds)
+        self.transport: str = transport
         self.progress: Progress = progress
         self.budget: int = budget
         self.rates: bool = rates
@@ -157,7 +158,7 @@ class Player:
         if world == "sim":
             from kvsim.run import run as simulate
 
-            return simulate(built, history=history, rates=self.rates)
+            return simulate(built, history=history, rates=self.rates, transport=self.transport)
         from kvreal.run import run as run_for_real
 
         assert self.fleet is not None

@@ -7,12 +7,13 @@ write.py a file, and check.py holds the profile against scenarios that had no pa
 from __future__ import annotations
 
 import datetime
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Final
 
 import msgspec
 
-from kvcore.scenario.profile import AUTO, Made, Profile
+from kvcore.scenario.profile import AUTO, Made, load_profile
 from kvmove.calibrate.check import Accuracy, check
 from kvmove.calibrate.fit import Fitted, fit
 from kvmove.calibrate.measure import Measuring, Step, budget
@@ -20,7 +21,7 @@ from kvmove.calibrate.write import text
 from kvmove.errors import UserError
 from kvmove.output import plural, size
 
-__all__ = ["AUTO", "Accuracy", "Calibrated", "calibrate", "check", "elsewhere", "transports"]
+__all__ = ["AUTO", "Accuracy", "Calibrated", "calibrate", "check", "foreign", "transports"]
 
 QUICK_REPEATS: Final = 3
 REPEATS: Final = 7
@@ -88,8 +89,12 @@ def calibrate(
     return Calibrated(fitted, text(fitted, facts, accuracy), accuracy, measuring.lacking)
 
 
-def elsewhere(profile: Profile) -> str:
-    """How a profile is another machine's; empty if it is this one's, or of its kind, or says nothing."""
+def foreign(paths: Iterable[str]) -> Iterator[str]:
+    """A line for each of these profiles (empty names aside) that was measured on another machine than this one."""
     from kvreal.facts import cores, cpu_model, host_id
 
-    return profile.made.elsewhere(cpu_model(), cores(), host_id()) if profile.made is not None else ""
+    for path in dict.fromkeys(filter(None, paths)):
+        made = load_profile(Path(path)).made
+        how = made.elsewhere(cpu_model(), cores(), host_id()) if made is not None else ""
+        if how:
+            yield f"{path} was measured on {how}: it predicts that machine"

@@ -79,7 +79,8 @@ def calibrate(
     if against is not None:
         profile = load_profile(Path(against))
         chosen = work.transports(names)
-        _warn(against, work.elsewhere(profile))
+        for line in work.foreign([against]):
+            screen.print(f"kvmove: {line}", markup=False, soft_wrap=True)
         with _progress(CHECK_S) as step:
             accuracy: Accuracy | None = work.check(
                 profile, chosen[0] if names else work.AUTO, work.QUICK_REPEATS if quick else work.REPEATS, step
@@ -111,13 +112,6 @@ def calibrate(
             _write(Path(json_out), data.decode() + "\n")
     if accuracy is not None and not accuracy.moves:
         raise typer.Exit(FAILED)
-
-
-def _warn(path: str, how: str) -> None:
-    if how:
-        output.console(to_stderr=True).print(
-            f"kvmove: {path} was measured on {how}: it predicts that machine", markup=False, soft_wrap=True
-        )
 
 
 def _show(screen: Console, accuracy: Accuracy) -> None:

@@ -83,12 +83,16 @@ def run(
     secret = _secret(worlds, peers, peer_token, peer_keys)
 
     from kvmove import report
+    from kvmove.calibrate import foreign
     from kvmove.play import Played, Player, prepare
     from kvmove.trace import of_run
 
     screen = output.console(to_stderr=json_out == "-")
     # All files are read first: a mistake in the last one is told before the first one runs.
     prepared = [prepare(path, sets or (), seed) for path in files]
+    if on == "both":
+        for line in foreign([one.built.network.profile for one in prepared]):
+            print(f"kvmove: {line}", file=sys.stderr)
     runs: list[Played] = []
     with ExitStack() as stack:
         logs = _directory(history) if history else _scratch(stack)
