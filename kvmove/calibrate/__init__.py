@@ -1,7 +1,7 @@
 """``kvmove calibrate``: measure this machine on real processes, and write the profile that the simulator reads.
 
 plan.py says what is played, measure.py plays it, samples.py reads what came of it, fit.py makes a profile of that,
-write.py a file, and check.py holds the profile against scenarios that had no part in it.
+write.py a file, and accuracy.py holds the profile against scenarios that had no part in it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Final
 import msgspec
 
 from kvcore.scenario.profile import AUTO, Made, load_profile
-from kvmove.calibrate.check import Accuracy, check
+from kvmove.calibrate.accuracy import Accuracy, check
 from kvmove.calibrate.fit import Fitted, fit
 from kvmove.calibrate.measure import Measuring, Step, budget
 from kvmove.calibrate.write import text

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Final
 
 from kvcore.scenario.profile import CopyCost
-from kvmove.calibrate.check import Accuracy
+from kvmove.calibrate.accuracy import Accuracy
 from kvmove.calibrate.fit import Fitted, label
 from kvmove.calibrate.samples import Spread
 from kvmove.output import duration, percent, size

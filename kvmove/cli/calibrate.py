@@ -17,7 +17,7 @@ from kvmove.errors import FAILED, UserError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from kvmove.calibrate.check import Accuracy
+    from kvmove.calibrate.accuracy import Accuracy
 
 OUT: Final = "profiles/this-machine.yaml"
 CHECK_S: Final = 25.0
@@ -76,9 +76,9 @@ def calibrate(
 
     screen = output.console(to_stderr=json_out == "-")
     names = list(transport or ())
+    chosen = work.transports(names)
     if against is not None:
         profile = load_profile(Path(against))
-        chosen = work.transports(names)
         for line in work.foreign([against]):
             screen.print(f"kvmove: {line}", markup=False, soft_wrap=True)
         with _progress(CHECK_S) as step:

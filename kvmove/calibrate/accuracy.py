@@ -55,9 +55,7 @@ class Accuracy(msgspec.Struct, frozen=True):
     worst_error: float
 
 
-def check(
-    profile: Profile, transport: str, repeats: int, step: Callable[[str], None], scenarios: Sequence[str] = SCENARIOS
-) -> Accuracy:
+def check(profile: Profile, transport: str, repeats: int, step: Callable[[str], None]) -> Accuracy:
     """Play each ``repeats`` times for real, in turn, after once for nothing; and once in simulation.
 
     Raises what ``kvreal.run`` raises."""
@@ -66,8 +64,8 @@ def check(
 
     took: dict[str, float] = {}
     folder = scenarios_directory() / "smoke"
-    prepared = {name: prepare(str(folder / f"{name}.yaml")) for name in scenarios}
-    real: dict[str, list[Result]] = {name: [] for name in scenarios}
+    prepared = {name: prepare(str(folder / f"{name}.yaml")) for name in SCENARIOS}
+    real: dict[str, list[Result]] = {name: [] for name in SCENARIOS}
     with Pool(transport) as pool:
         for number in range(repeats + 1):
             for name, one in prepared.items():
