@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from pathlib import Path
 from typing import Any, Iterator, List, Tuple
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from kvreal.checksum import Mismatch, compare, mode_of, sums
 from kvreal.engines.transformers import EngineFull, Server, TransformersEngine
@@ -17,6 +20,7 @@ from tests.real.engines.models import CHUNK, CPU, VOCABULARY, Pair, deepseek, ll
 
 pytestmark = pytest.mark.real
 AHEAD = 12
+FRESH = itertools.count()
 BLOCKS = 64
 WAYS = {
     "llama": ("part block token head channel", "head block channel token part layer"),
@@ -84,6 +88,25 @@ def test_a_shared_prefix_is_used_and_no_more_of_it(pair: Pair) -> None:
         found = pair.serve("b", other, AHEAD)
         assert found.loaded == held and found.tokens == ids
         torch.testing.assert_close(found.logits, logits, rtol=1e-3, atol=1e-4)  # computed in other pieces
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.integers(1, 60), st.integers(0, 60), st.integers(0, 40), st.booleans())
+def test_any_prompt_after_any_other(pair: Pair, count: int, shared: int, more: int, copy: bool) -> None:
+    """One prompt is moved; the next begins as it does, for a while. Whatever b finds of it, its answer is as if never
+    cut. Words are new each time: what an example before this one stored would be found, too."""
+    fresh = next(FRESH)
+    first = words((fresh, "first"), count)
+    second = [*first[:shared], *words((fresh, "more"), max(more, shared == 0))]
+    pair.serve("a", first, 1)
+    pair.move("a", "b", first, copy)
+    common = next((at for at, (x, y) in enumerate(zip(first, second)) if x != y), min(count, len(second)))
+    for prompt, held in ((first, count), (second, count if second == first else common // CHUNK * CHUNK)):
+        ids, logits = uncut(pair.servers["b"].engine, prompt, 4)
+        found = pair.serve("b", prompt, 4, store=False)
+        assert found.loaded == held and found.tokens == ids
+        if held in (0, len(prompt)):
+            assert torch.equal(found.logits, logits)  # nothing was computed in other pieces
 
 
 def test_there_and_back_again(pair: Pair) -> None:
