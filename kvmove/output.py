@@ -111,3 +111,12 @@ def choice(option: str, given: str, allowed: Sequence[str]) -> str:
     hint = f"; did you mean {near[0]}?" if near else ""
     listed = ", ".join(allowed) if len(allowed) <= LISTED else ", ".join([*allowed[:LISTED], "..."])
     raise UserError(f"{option} {given}: expected one of {listed}{hint}")
+
+
+def transport_names() -> tuple[str, ...]:
+    """What --transport may name: other packages' too, where the real world is installed."""
+    try:
+        from kvreal.transfer import names
+    except ImportError:
+        return ("auto", "arena", "nixl", "socket", "tcp")
+    return names()

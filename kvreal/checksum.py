@@ -64,9 +64,10 @@ def sums(
     if mode == "off":
         return [0] * len(slots)
     seeds = [int.from_bytes(key[:8], "little") for key in keys]
-    places = [memory.check(location, slot, size) for slot, size in zip(slots, sizes)]
-    slab, base = memory.homes[location]
-    starts = [base + slot * place.slot_bytes for slot, place in zip(slots, places)]
+    for slot, size in zip(slots, sizes):
+        memory.check(location, slot, size)
+    slab, _ = memory.homes[location]
+    starts = [memory.start(location, slot) for slot in slots]
 
     def part(first: int, last: int) -> List[int]:
         chunks = zip(starts[first:last], sizes[first:last], seeds[first:last])

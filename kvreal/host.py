@@ -28,7 +28,9 @@ from kvcore.scenario.build import Built, decode
 from kvcore.scenario.client import ClientSpec
 from kvcore.scenario.faults import Action
 from kvcore.scenario.history import HistoryError
+from kvcore.scenario.topology import kind_of
 from kvreal import control as c
+from kvreal.arena import ARENAS
 from kvreal.engines.thread import EngineThread
 from kvreal.journal import JournalError
 from kvreal.keys import shared
@@ -45,7 +47,7 @@ class Host:
     def __init__(self, transport: str, pipe: c.Pipe, sink: int, bind: str, secret: bytes) -> None:
         keys = shared(secret) if secret else None
         self.pipe: c.Pipe = pipe
-        self.memory: Memory = Memory()
+        self.memory: Memory = Memory(arena="of the next run" if transport == "arena" else "")
         self.memory.lay_out([], 0)
         self.transfer: Transfer = make(transport, self.memory, (bind, 0))
         if keys is not None:
@@ -188,6 +190,9 @@ class Host:
         data = ""
         if isinstance(spec, WorkerSpec):
             slot_bytes = built.slot_bytes[message.node]
+            if self.memory.arena:
+                self.memory.arena = f"{ARENAS}/kvmove-{message.run}"
+                self.memory.arena_bytes = _in_memory(built, slot_bytes)
             places = [(place.name, place.slots) for place in spec.locations]
             if self.memory.lay_out(places, slot_bytes, _stored_chunks(built)):
                 self.transfer.memory_changed()
@@ -206,6 +211,7 @@ class Host:
         self.node = None
         self.network.begin("", "", 0)
         self.transfer.begin("", "")
+        self.memory.leave_arena()
         self.pipe.say(c.Idle(clean and not self.failed))
 
     def _guarded(self, what: Any, *args: Any) -> None:
@@ -224,6 +230,17 @@ class Host:
     def close(self) -> None:
         self.transfer.stop()
         self.network.close()
+
+
+def _in_memory(built: Built, slot_bytes: int) -> int:
+    """What all nodes with slots of this size keep in CPU memory, bytes."""
+    workers = [spec for spec in built.specs if isinstance(spec, WorkerSpec)]
+    return sum(
+        place.slots * slot_bytes
+        for spec in workers
+        for place in spec.locations
+        if built.slot_bytes[spec.name] == slot_bytes and kind_of(place.name) == "cpu"
+    )
 
 
 def _stored_chunks(built: Built) -> int:

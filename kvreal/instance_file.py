@@ -19,6 +19,7 @@ from kvcore.scenario.loader import ScenarioError, load_as
 from kvcore.scenario.mistake import Mistake, nearest, shown
 from kvcore.scenario.schema import MODELS, Constants, Kv, Scenario, config_of
 from kvcore.scenario.units import Size
+from kvreal.arena import ARENAS
 from kvreal.transfer import NAMES, names
 
 VARIABLES: Final = ("KVMOVE_CONFIG_FILE", "LMCACHE_CONFIG_FILE")
@@ -76,6 +77,10 @@ class Own(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults
     store_at: str = ""
     """Where the engine stores; else the first location."""
     transport: str = ""
+    arena: str = ""
+    """A name, or a folder in memory: instances of this host that name the same hand slots over instead of copying."""
+    arena_size: Optional[Size] = None
+    """Of the whole arena; the CPU locations of all its instances must fit."""
     direction: Literal["read", "push"] = "read"
     constants: Constants = Constants()
     host: str = "localhost"
@@ -126,6 +131,9 @@ class InstanceFile(msgspec.Struct, frozen=True):
     """One a rank; empty: any free ones."""
     data_ports: Tuple[int, ...]
     transport: str
+    arena: str
+    """The folder of the arena; empty: none."""
+    arena_bytes: int
     save_unfull_chunk: bool
     config: Config
     disk_path: str
@@ -205,6 +213,11 @@ def _meaning(
         raise wrong(
             "transfer_channel", f"found {shown(keys.transfer_channel)}, expected one of {', '.join(sorted(known))}"
         )
+    if bool(own.arena) != (own.arena_size is not None):
+        lacking = "kvmove.arena_size" if own.arena else "kvmove.arena"
+        raise wrong(lacking, "missing, expected an arena's name and its size together")
+    if channel == "arena" and not own.arena:
+        raise wrong("kvmove.arena", "missing, expected the name of the arena that transfer_channel asks for")
     worker_ports = _ports(path, "lmcache_worker_ports", keys.lmcache_worker_ports)
     data_ports = _ports(path, "p2p_init_ports", keys.p2p_init_ports)
     ranks = own.ranks if own.ranks is not None else space.ranks if space is not None else max(1, len(worker_ports))
@@ -242,6 +255,8 @@ def _meaning(
         worker_ports=worker_ports,
         data_ports=data_ports,
         transport=channel,
+        arena=_arena(own),
+        arena_bytes=own.arena_size.bytes if own.arena_size is not None else 0,
         save_unfull_chunk=keys.save_unfull_chunk,
         config=_config(own),
         disk_path=_disk_path(path, keys.local_disk),
@@ -250,6 +265,13 @@ def _meaning(
         keys=_beside(path, own.keys),
         ignored=ignored,
     )
+
+
+def _arena(own: Own) -> str:
+    """The folder that an arena's name means: of this user, in memory."""
+    if not own.arena or own.arena.startswith("/"):
+        return own.arena
+    return f"{ARENAS}/kvmove-{os.getuid()}-{own.arena}"
 
 
 def _engine_space(path: str, keys: Keys, space: Namespace) -> Namespace:

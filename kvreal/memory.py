@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvcore.scenario.topology import kind_of as kind_of
+from kvreal.arena import ArenaError, Member, join
 
 Bytes = npt.NDArray[np.uint8]
 Words = npt.NDArray[np.uint64]
@@ -47,6 +48,8 @@ class Place(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     slots: int
     slot_bytes: int
     device: int = 0
+    ordered: bool = True
+    """Slot i lies at ``address + i * slot_bytes``; otherwise whoever grants a window says where its slots lie."""
 
 
 class Slab:
@@ -78,6 +81,16 @@ class Slab:
             with contextlib.suppress(OSError, AttributeError):
                 self.map.madvise(mmap.MADV_HUGEPAGE)
             self.pinned = _pin(self.address, self.nbytes)
+
+    @staticmethod
+    def over(data: Bytes) -> Slab:
+        """Memory that is mapped already."""
+        slab = Slab.__new__(Slab)
+        slab.kind, slab.fd, slab.nbytes, slab.map, slab.tensor = "cpu", -1, len(data), None, None
+        slab.bytes = data
+        slab.address = int(data.ctypes.data)
+        slab.pinned = _pin(slab.address, slab.nbytes)
+        return slab
 
     def _file(self, shared: bool) -> mmap.mmap:
         """A file without a name: in the folder of temporary files, or one that is memory."""
@@ -145,9 +158,15 @@ class Memory:
     """The locations of one node. ``generation`` rises whenever a slab is made or dropped, ``layout`` whenever a
     location may lie elsewhere: peers that know an older one ask again."""
 
-    def __init__(self, shared: bool = False) -> None:
-        """``shared``: its slabs can be mapped by another process, the engine's."""
+    def __init__(self, shared: bool = False, arena: str = "", arena_bytes: int = 0) -> None:
+        """``shared``: its slabs can be mapped by another process, the engine's. ``arena``: the folder of the memory in
+        which all instances of this host keep their CPU locations (arena.py)."""
         self.shared: bool = shared
+        self.arena: str = arena
+        self.arena_bytes: int = arena_bytes
+        self.member: Optional[Member] = None
+        self.rows: Dict[str, int] = {}
+        """Locations in the arena -> where their slots begin in this process's row."""
         self.cpu: Optional[Slab] = None
         self.others: List[Slab] = []
         self.places: Dict[str, Place] = {}
@@ -164,9 +183,12 @@ class Memory:
         What an earlier run left is overwritten first: it must never pass for this run's bytes.
         """
         self.wipe()
-        wanted = sum(slots * slot_bytes for name, slots in locations if kind_of(name) == "cpu")
         changed = bool(self.others)
         self.others = []
+        self.rows = {}
+        if self.arena:
+            changed = self._into_arena(locations, slot_bytes) or changed
+        wanted = sum(slots * slot_bytes for name, slots in locations if kind_of(name) == "cpu" and not self.arena)
         if self.cpu is None or self.cpu.nbytes < wanted + PAGE:
             self.cpu = None
             self.cpu = Slab("cpu", _round(wanted + PAGE), self.shared)
@@ -176,6 +198,10 @@ class Memory:
         offset = PAGE  # the first page is the scratch page
         for name, slots in locations:
             kind = kind_of(name)
+            if name in self.rows:
+                self.homes[name] = (self.others[0], 0)
+                self.places[name] = Place(name, "DRAM", self.others[0].address, slots, slot_bytes, ordered=False)
+                continue
             if kind == "cpu":
                 slab, start = self.cpu, offset
                 offset += slots * slot_bytes
@@ -189,6 +215,61 @@ class Memory:
         self.generation += changed
         self.layout += 1
         return changed
+
+    def _into_arena(self, locations: Sequence[Tuple[str, int]], slot_bytes: int) -> bool:
+        """Lay the CPU locations out in the arena. True if it is mapped anew."""
+        wanted = [(name, slots) for name, slots in locations if kind_of(name) == "cpu"]
+        if not wanted:
+            return False
+        try:
+            now = self.member.arena if self.member is not None else None
+            if now is None or (now.slot_bytes, str(now.folder.parent)) != (slot_bytes, self.arena):
+                self.leave_arena()
+                self.member = join(self.arena, f"{os.getpid()}", slot_bytes, self.arena_bytes)
+            assert self.member is not None
+            self.member.lay_out(sum(slots for _, slots in wanted))
+        except ArenaError as error:
+            raise SlabError(str(error)) from error
+        row = 0
+        for name, slots in wanted:
+            self.rows[name] = row
+            row += slots
+        self.others.append(Slab.over(self.member.arena.bytes))
+        return True
+
+    def share(self, source: str, out: Sequence[int], target: str, into: Sequence[int]) -> bool:
+        """Make slots of ``target`` what those of ``source`` are, if both lie in the arena."""
+        if self.member is None or source not in self.rows or target not in self.rows:
+            return False
+        self.note(target, into)
+        self.member.take(self.member.number, self.row(source, out), self.row(target, into))
+        return True
+
+    def alone(self, location: str, slot: int) -> None:
+        """A slot is about to be changed in place: nobody else's view of it may change."""
+        if location in self.rows and self.member is not None:
+            self.member.own(self.row(location, [slot]), keep=True)
+
+    def note(self, location: str, slots: Sequence[int]) -> None:
+        """These slots come to hold something."""
+        self.dirty.update((location, slot) for slot in slots)
+
+    def leave_arena(self) -> None:
+        """Let go of all that this process has there."""
+        if self.member is not None:
+            self.member.leave()
+            self.member = None
+
+    def row(self, location: str, slots: Sequence[int]) -> List[int]:
+        """What slots are called in the arena."""
+        first = self.rows[location]
+        return [first + slot for slot in slots]
+
+    def start(self, location: str, slot: int) -> int:
+        """Where a slot begins in its slab's bytes."""
+        if location in self.rows and self.member is not None:
+            return self.member.offset(self.rows[location] + slot)
+        return self.homes[location][1] + slot * self.places[location].slot_bytes
 
     def slabs(self) -> List[Slab]:
         return [*([self.cpu] if self.cpu is not None else []), *self.others]
@@ -214,15 +295,17 @@ class Memory:
     def addresses(self, location: str, slots: Sequence[int]) -> Words:
         """Where these slots begin, in this process's address space or its GPU's."""
         place = self.places[location]
+        if not place.ordered and self.member is not None:
+            return np.uint64(place.address) + self.member.offsets(self.row(location, slots))
         return np.uint64(place.address) + np.array(slots, dtype=np.uint64) * np.uint64(place.slot_bytes)
 
     def view(self, location: str, slot: int, nbytes: int) -> Bytes:
         """The first ``nbytes`` bytes of a slot, not a copy. GPU memory has none: see ``put`` and ``get``."""
-        place = self.check(location, slot, nbytes)
-        slab, start = self.homes[location]
+        self.check(location, slot, nbytes)
+        slab, _ = self.homes[location]
         if slab.tensor is not None:
             raise SlabError(f"{location} is GPU memory, which this transport does not reach")
-        first = start + slot * place.slot_bytes
+        first = self.start(location, slot)
         return slab.bytes[first : first + nbytes]
 
     def mapped(self, location: str) -> bool:
@@ -254,7 +337,9 @@ class Memory:
 
     def soil(self, location: str, slots: Sequence[int], poison: bool = False) -> None:
         """Note that these slots are about to be written; ``poison`` spoils what they hold, every MiB, so that a
-        copy which did not happen cannot be taken for one that did."""
+        copy which did not happen cannot be taken for one that did. In the arena they are nobody else's from now on."""
+        if location in self.rows and self.member is not None:
+            self.member.own(self.row(location, slots))
         for slot in slots:
             item = (location, slot)
             if item in self.dirty:
@@ -270,13 +355,19 @@ class Memory:
         """Overwrite every slot that was ever written and is not in ``keep``; returns how many bytes."""
         kept = set(keep)
         count = 0
+        gone: Dict[str, List[int]] = {}
         for location, slot in sorted(self.dirty - kept):
             place = self.places[location]
-            if self.on_gpu(location):
+            if location in self.rows:
+                gone.setdefault(location, []).append(slot)
+            elif self.on_gpu(location):
                 self.put(location, slot, np.full(place.slot_bytes, POISON, dtype=np.uint8))
             else:
                 self.view(location, slot, place.slot_bytes)[:] = POISON
             count += place.slot_bytes
+        for location, slots in gone.items():
+            if self.member is not None:
+                self.member.drop(self.row(location, slots))
         self.dirty &= kept
         return count
 

@@ -96,7 +96,7 @@ class Local:
         port = file.worker_ports[rank] if file.worker_ports else 0
         network = Endpoints(f"{file.host}:{port}", curve=keys)
         self.address: str = network.address
-        memory = Memory(shared)
+        memory = Memory(shared, file.arena, file.arena_bytes)
         tempfile.tempdir = file.disk_path or tempfile.tempdir
         slot_bytes = file.namespace.chunk_tokens * file.namespace.bytes_per_token
         memory.lay_out(file.locations, slot_bytes)

@@ -29,7 +29,8 @@ def run(
         str | None, typer.Option("--history", help="Keep the histories in this directory.", metavar="DIR")
     ] = None,
     transport: Annotated[
-        str, typer.Option("--transport", help="What carries real bytes: auto, nixl, socket or tcp.", metavar="NAME")
+        str,
+        typer.Option("--transport", help="What carries real bytes: auto, arena, nixl, socket, tcp.", metavar="NAME"),
     ] = "auto",
     peers: Annotated[
         list[str] | None,
@@ -76,7 +77,7 @@ def run(
     130 Ctrl-C.
     """
     worlds = ("sim", "real") if output.choice("--on", on, ("sim", "real", "both")) == "both" else (on,)
-    output.choice("--transport", transport, ("auto", "nixl", "socket", "tcp"))
+    output.choice("--transport", transport, output.transport_names())
     if json_out not in (None, "-") and not Path(json_out).absolute().parent.is_dir():
         raise UserError(f"--json {json_out}: there is no directory {Path(json_out).parent}")
     _check_trace(trace, trace_messages, files)

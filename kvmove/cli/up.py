@@ -31,7 +31,9 @@ def up(
         int, typer.Option("--pull-port", min=0, max=65535, help="Where workers reach the controller; 0: any.")
     ] = 8300,
     reply_port: Annotated[int, typer.Option("--reply-port", min=0, max=65535)] = 8400,
-    transport: Annotated[str, typer.Option("--transport", help="auto, nixl, socket or tcp.", metavar="NAME")] = "auto",
+    transport: Annotated[
+        str, typer.Option("--transport", help="auto, arena, nixl, socket, tcp.", metavar="NAME")
+    ] = "auto",
     journal: Annotated[
         str | None, typer.Option("--journal", help="Keep the controller's journal there; else it ends with this.")
     ] = None,
@@ -51,7 +53,7 @@ def up(
 
     Exit status: 0 Ctrl-C, 1 a process has ended by itself, 2 bad input or something could not start.
     """
-    output.choice("--transport", transport, ("auto", "nixl", "socket", "tcp"))
+    output.choice("--transport", transport, output.transport_names())
     from kvcore.scenario.build import build
     from kvcore.scenario.loader import load
 

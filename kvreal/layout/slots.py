@@ -16,9 +16,9 @@ Tensor = Any
 def slot(memory: Memory, location: str, number: int, nbytes: int) -> Tensor:
     """The first ``nbytes`` bytes of a slot as uint8, not a copy, on whatever device the location lies.
     SlabError if there is no such slot."""
-    place = memory.check(location, number, nbytes)
-    slab, start = memory.homes[location]
-    first = start + number * place.slot_bytes
+    memory.check(location, number, nbytes)
+    slab, _ = memory.homes[location]
+    first = memory.start(location, number)
     if slab.tensor is not None:
         return slab.tensor[first : first + nbytes]
     return torch.from_numpy(slab.bytes[first : first + nbytes])

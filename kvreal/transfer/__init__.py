@@ -21,8 +21,8 @@ from kvreal.transfer.frames import TransferError
 __all__ = ["GROUP", "NAMES", "Transfer", "TransferError", "available", "make", "names", "resolve"]
 
 GROUP: Final = "kvmove.transports"
-NAMES: Final[Tuple[str, ...]] = ("auto", "nixl", "socket", "tcp")
-"""Ours. ``tcp`` is ``socket`` that uses no Unix sockets."""
+NAMES: Final[Tuple[str, ...]] = ("auto", "arena", "nixl", "socket", "tcp")
+"""Ours. ``tcp`` is ``socket`` that uses no Unix sockets. ``arena`` takes ``socket`` along for what lies elsewhere."""
 
 
 @lru_cache(maxsize=1)
@@ -52,9 +52,15 @@ def resolve(name: str) -> List[str]:
     here = available()
     if name == "auto":
         return here
-    if name in NAMES and name != "tcp" and name not in here:
+    if name in NAMES and name not in ("arena", "tcp") and name not in here:
         raise TransferError(f"transport {name} asked for, but the package {name} is not installed (pip install nixl)")
-    return [name]
+    return [name, "socket"] if name == "arena" else [name]
+
+
+def _arena(memory: Memory, process: str, flow: Flow) -> Carrier:
+    from kvreal.transfer.arena import ArenaCarrier
+
+    return ArenaCarrier(memory, process, flow)
 
 
 def _nixl(memory: Memory, process: str, flow: Flow) -> Carrier:
@@ -75,7 +81,7 @@ def _tcp(memory: Memory, process: str, flow: Flow) -> Carrier:
     return carrier
 
 
-_OURS: Final[Dict[str, Make]] = {"nixl": _nixl, "socket": _socket, "tcp": _tcp}
+_OURS: Final[Dict[str, Make]] = {"arena": _arena, "nixl": _nixl, "socket": _socket, "tcp": _tcp}
 
 
 def _make_of(name: str) -> Make:
@@ -105,4 +111,5 @@ def make(name: str, memory: Memory, at: Tuple[str, int] = ("127.0.0.1", 0)) -> T
     """The transports of this process over ``memory``; peers reach it ``at`` (host, port; 0: any).
 
     NIXL's agent takes about half a second to create."""
-    return Transfer(memory, {one: _make_of(one) for one in resolve(name)}, at)
+    wanted = [*(["arena"] if name == "auto" and memory.arena else []), *resolve(name)]
+    return Transfer(memory, {one: _make_of(one) for one in wanted}, at)

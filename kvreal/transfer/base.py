@@ -18,7 +18,7 @@ import threading
 import time
 import uuid
 from collections import deque
-from typing import Callable, Deque, Dict, List, Optional, Tuple, Union
+from typing import Callable, Deque, Dict, List, Optional, Sequence, Tuple, Union
 
 from kvcore.protocol.messages import Rid
 from kvcore.scenario.topology import kind_of
@@ -84,9 +84,16 @@ class Transfer:
         hello = window.hello
         for slot, size in hello.spans:
             self.memory.check(hello.location, slot, size)
+        carrier = self._carrier(hello.by)
         if hello.kind == "write":
-            self.memory.soil(hello.location, [slot for slot, _ in hello.spans], poison=True)
-        return self._carrier(hello.by).prepare(window)
+            self._soil(carrier, hello.location, [slot for slot, _ in hello.spans])
+        return carrier.prepare(window)
+
+    def _soil(self, carrier: Optional[Carrier], location: str, slots: Sequence[int]) -> None:
+        if carrier is None or carrier.soils:
+            self.memory.soil(location, slots, poison=True)
+        else:
+            self.memory.note(location, slots)
 
     def _carrier(self, name: str) -> Carrier:
         carrier = self.carriers.get(name)
@@ -196,6 +203,7 @@ class Transfer:
             job.stop()
         self.lines.forget()
         self.workers.stop()
+        self.memory.leave_arena()
         for carrier in self.carriers.values():
             carrier.stop()
 
@@ -226,8 +234,6 @@ class Transfer:
 
     def _carry(self, job: Job) -> str:
         fate = job.copy.fate
-        if job.copy.effect.read:
-            self.memory.soil(job.copy.effect.location, job.copy.effect.slots, poison=True)
         if fate.delay_ns:
             job.aborted.wait(fate.delay_ns / 1e9)
             job.check()
@@ -249,14 +255,18 @@ class Transfer:
         return transport
 
     def _across(self, job: Job) -> str:
+        effect = job.copy.effect
         if not job.spans:  # an injected fault lets none of the bytes through
+            if effect.read:
+                self._soil(None, effect.location, effect.slots)
             return "none"
-        return self._carry_locally(job) if job.copy.effect.peer == self.address else self._carry_over(job)
+        return self._carry_locally(job) if effect.peer == self.address else self._carry_over(job)
 
     def _spoil(self, job: Job) -> None:
         """Turn one byte over in the middle of what was read."""
         slot, _, size = job.spans[len(job.spans) // 2]
         location = job.copy.effect.location
+        self.memory.alone(location, slot)
         spoiled = self.memory.get(location, slot, size).copy()
         spoiled[size // 2] ^= 0xFF
         self.memory.put(location, slot, spoiled)
@@ -265,9 +275,12 @@ class Transfer:
         """Between two locations of this process."""
         effect = job.copy.effect
         to, fro = (effect.location, effect.peer_location) if effect.read else (effect.peer_location, effect.location)
-        if not effect.read:
-            self.memory.soil(to, effect.peer_slots, poison=True)
+        into, out = (effect.slots, effect.peer_slots) if effect.read else (effect.peer_slots, effect.slots)
         job.began()
+        if self.memory.share(fro, out, to, into):
+            job.moved = job.nbytes
+            return "arena"
+        self.memory.soil(to, into, poison=True)
         for mine, theirs, size in job.spans:
             target, source = (mine, theirs) if effect.read else (theirs, mine)
             if self.memory.on_gpu(to) or self.memory.on_gpu(fro):
@@ -291,6 +304,8 @@ class Transfer:
     def _carry_over(self, job: Job) -> str:
         endpoint = parse(job.copy.endpoint)
         carrier = self._choose(job, endpoint)
+        if job.copy.effect.read:
+            self._soil(carrier, job.copy.effect.location, job.copy.effect.slots)
         try:
             link = self._open(job, endpoint, carrier)
             try:

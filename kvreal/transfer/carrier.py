@@ -31,6 +31,8 @@ class Carrier:
     """One a process and transport."""
 
     name: str = ""
+    soils: bool = True
+    """Whether it writes into the slots that a copy fills; otherwise they come to hold what others have written."""
     unix: bool = True
     """Whether its windows may be asked for over a Unix socket."""
 

@@ -89,7 +89,8 @@ def main(transport: str) -> None:
     from kvreal.transfer import make
     from kvreal.transfer.job import Copy, Fate
 
-    memory = Memory()
+    arena = os.environ.get("KVMOVE_ARENA", "")
+    memory = Memory(arena=arena)
     mover = make(transport, memory)
     mover.ucx_prints_to(sink)
 
@@ -106,6 +107,9 @@ def main(transport: str) -> None:
 
     def obey(do: str, a: Dict[str, Any]) -> Any:
         if do == "begin":
+            if arena:  # both sides of a pair are laid out alike
+                memory.arena = f"{arena}/{a['slots']}"
+                memory.arena_bytes = 2 * a["slots"] * a["slot_bytes"]
             if memory.lay_out([(a["location"], a["slots"])], a["slot_bytes"]):
                 mover.memory_changed()
             mover.begin(TOKEN, a["address"])

@@ -111,6 +111,14 @@ class NixlCarrier(Carrier):
                     kept.append((slab, self.agent.register_memory(region, slab.nixl_kind)))
             self.registered = kept
 
+    def prepare(self, window: Window) -> Tuple[int, ...]:
+        hello = window.hello
+        place = self.memory.places.get(hello.location)
+        if place is None or place.ordered:
+            return ()
+        at = self.memory.addresses(hello.location, [slot for slot, _ in hello.spans])
+        return tuple(int(address) for address in at)
+
     def info(self, hello: Hello) -> Optional[Info]:
         memory = self.memory
         if hello.layout == memory.layout:

@@ -1,0 +1,195 @@
+"""The arena: what is shared, what is not, and what becomes of it when processes die."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import uuid
+from pathlib import Path
+from typing import Iterator, List
+
+import numpy as np
+import pytest
+
+from kvreal.arena import ARENAS, Arena, ArenaError, Member, join
+from kvreal.memory import Memory, SlabError
+from kvreal.transfer.conformance import Conformance, Pair
+
+pytestmark = [pytest.mark.real, pytest.mark.skipif(not os.access(ARENAS, os.W_OK), reason=f"no {ARENAS} to write to")]
+SLOT = 8192
+
+
+@pytest.fixture
+def folder() -> Iterator[str]:
+    where = f"{ARENAS}/kvmove-test-{uuid.uuid4().hex[:8]}"
+    yield where
+    assert not Path(where).exists(), "whoever leaves last takes the arena away"
+
+
+@pytest.fixture
+def two(folder: str) -> Iterator[List[Member]]:
+    both = [join(folder, name, SLOT, 8 * SLOT) for name in ("a", "b")]
+    for one in both:
+        one.lay_out(4)
+    yield both
+    for one in both:
+        one.leave()
+
+
+def write(member: Member, index: int, value: int) -> None:
+    member.own([index])
+    member._slot(int(member.row[index]))[:] = value
+
+
+def read(member: Member, index: int) -> int:
+    (value,) = set(member._slot(int(member.row[index])).tolist())
+    return int(value)
+
+
+def agree(arena: Arena) -> None:
+    """The counts are what the rows say."""
+    used = arena.rows[arena.rows >= 0]
+    assert (np.bincount(used, minlength=arena.slots) == arena.refs).all()
+
+
+def test_handing_over_copies_nothing_and_both_see_it(two: List[Member]) -> None:
+    a, b = two
+    write(a, 0, 1)
+    write(a, 1, 2)
+    b.take(a.number, [1, 0], [2, 3])
+    assert [read(b, 2), read(b, 3)] == [2, 1]
+    assert int(b.row[2]) == int(a.row[1]) and int(a.arena.refs[a.row[1]]) == 2
+    agree(a.arena)
+
+
+def test_whoever_writes_has_slots_of_its_own_first(two: List[Member]) -> None:
+    a, b = two
+    write(a, 0, 1)
+    b.take(a.number, [0], [0])
+    write(a, 0, 9)  # freed there, and used again
+    assert (read(a, 0), read(b, 0)) == (9, 1)
+    a.give(b.number, [0], [0])
+    b.own([0], keep=True)
+    assert read(b, 0) == 9 and int(b.row[0]) != int(a.row[0])
+    agree(a.arena)
+
+
+def test_what_nobody_refers_to_any_more_is_overwritten_and_free(two: List[Member]) -> None:
+    a, b = two
+    write(a, 0, 1)
+    b.take(a.number, [0], [0])
+    physical = int(a.row[0])
+    a.drop([0])
+    assert read(b, 0) == 1
+    b.drop([0])
+    assert a.arena.refs[physical] == 0 and set(a._slot(physical).tolist()) == {0xDB}
+
+
+def test_a_slot_that_holds_nothing_is_not_handed_over(two: List[Member]) -> None:
+    a, b = two
+    with pytest.raises(ArenaError, match="holds nothing"):
+        b.take(a.number, [3], [0])
+    agree(a.arena)
+
+
+def test_no_more_is_laid_out_than_there_is(two: List[Member]) -> None:
+    a, _ = two
+    with pytest.raises(ArenaError, match="8 slots, 4 of them laid out by others: no room for 5"):
+        a.lay_out(5)
+
+
+def test_another_shape_is_refused_with_both(two: List[Member], folder: str) -> None:
+    with pytest.raises(ArenaError, match=f"has 8 slots of {SLOT} bytes, this process asks for 9 of {SLOT}"):
+        join(folder, "c", SLOT, 9 * SLOT)
+
+
+def test_an_arena_larger_than_memory_is_refused_and_leaves_nothing(folder: str) -> None:
+    memory = Memory(arena=folder, arena_bytes=1 << 60)
+    with pytest.raises(SlabError, match="does not fit into .* bytes are free there"):
+        memory.lay_out([("LocalCPUBackend", 2)], SLOT)
+    memory.leave_arena()
+    import shutil
+
+    shutil.rmtree(folder)
+
+
+DYING = """
+import os, signal, sys
+from kvreal.arena import join
+me = join(sys.argv[1], "dying", {slot}, 8 * {slot})
+me.lay_out(4)
+me.own([0, 1])
+if sys.argv[2] == "changing":
+    me.arena.head[3] = 1            # in the middle of a change: counts and rows do not agree
+    me.arena.refs[me.row[0]] += 3
+print(me.number, flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize("moment", ["idle", "changing"])
+def test_a_dead_process_has_no_references(folder: str, moment: str) -> None:
+    mine = join(folder, "a", SLOT, 8 * SLOT)
+    mine.lay_out(4)
+    child = subprocess.Popen(
+        [sys.executable, "-c", DYING.format(slot=SLOT), folder, moment],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])},
+    )  # fmt: skip
+    try:
+        assert child.stdout is not None
+        number = int(child.stdout.readline())
+        mine.take(number, [0], [0])
+        with pytest.raises(ArenaError, match="no room for 5"):
+            mine.lay_out(5)
+    finally:
+        child.kill()
+        child.wait()
+    mine.arena.bury()
+    agree(mine.arena)
+    assert int(mine.arena.refs.sum()) == 1 and int(mine.arena.refs[mine.row[0]]) == 1
+    mine.lay_out(8)
+    mine.leave()
+
+
+def test_when_all_are_dead_the_next_one_begins_anew(folder: str) -> None:
+    child = subprocess.run(
+        [sys.executable, "-c", DYING.format(slot=SLOT), folder, "changing"],
+        stdin=subprocess.DEVNULL, capture_output=True, text=True,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])},
+    )  # fmt: skip
+    assert child.returncode == 0, child.stderr
+    mine = join(folder, "a", SLOT, 16 * SLOT)  # of another size, too
+    mine.lay_out(16)
+    agree(mine.arena)
+    mine.leave()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def shared() -> Iterator[None]:
+    """Where the suite's processes have theirs; what killed ones leave is the folder."""
+    where = f"{ARENAS}/kvmove-test-{uuid.uuid4().hex[:8]}"
+    TestArena.env["KVMOVE_ARENA"] = where
+    yield
+    import shutil
+
+    shutil.rmtree(where, ignore_errors=True)
+
+
+class TestArena(Conformance):
+    transport = "arena"
+    env = {}
+
+
+def test_a_large_hand_over_moves_no_bytes() -> None:
+    """By identity: what the source's process then writes into the shared slot is what the destination's reads."""
+    pair = Pair("arena", dict(TestArena.env))
+    try:
+        pair.begin(tokens=1024, slots=8)
+        pair.copy(True, [(i, i) for i in range(8)])
+        (ended,) = pair.mover(True).ended()
+        assert (ended["state"], ended["transport"], ended["nbytes"]) == ("done", "arena", 8 << 20)
+        assert pair.check_all([(i, i) for i in range(8)]) == [-1] * 8
+    finally:
+        pair.close()
