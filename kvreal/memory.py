@@ -80,7 +80,16 @@ class Slab:
         if kind == "cpu":
             with contextlib.suppress(OSError, AttributeError):
                 self.map.madvise(mmap.MADV_HUGEPAGE)
-            self.pinned = _pin(self.address, self.nbytes)
+            self.pin()
+
+    def pin(self) -> None:
+        """Page-lock it, if there is a CUDA runtime by now and it is not locked yet."""
+        self.pinned = self.pinned or _pin(self.address, self.nbytes)
+
+    def __del__(self) -> None:
+        if getattr(self, "pinned", False):
+            with contextlib.suppress(Exception):
+                sys.modules["torch"].cuda.cudart().cudaHostUnregister(self.address)
 
     @staticmethod
     def over(data: Bytes) -> Slab:
@@ -121,7 +130,11 @@ class Slab:
     def _on_gpu(self) -> None:
         import torch
 
-        self.tensor = torch.zeros(self.nbytes, dtype=torch.uint8, device="cuda")
+        try:
+            self.tensor = torch.zeros(self.nbytes, dtype=torch.uint8, device="cuda")
+        except RuntimeError as error:
+            why = str(error).partition("\n")[0]
+            raise SlabError(f"cannot get {self.nbytes} bytes of gpu memory: {why}") from error
         self.address = int(self.tensor.data_ptr())
         self.bytes = np.empty(0, dtype=np.uint8)
 
@@ -212,6 +225,8 @@ class Memory:
             slab.touch(start, min(slots, touch_slots) * slot_bytes)
             self.homes[name] = (slab, start)
             self.places[name] = Place(name, slab.nixl_kind, slab.address + start, slots, slot_bytes)
+        if any(slab.kind == "gpu" for slab in self.others):
+            self.cpu.pin()  # the CUDA runtime is there since the GPU's slab was made
         self.generation += changed
         self.layout += 1
         return changed

@@ -14,8 +14,10 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import glob
 import importlib
+import importlib.util
 import os
 import select
 import socket
@@ -50,7 +52,7 @@ Descriptors = npt.NDArray[np.uint64]
 
 
 def load_nixl() -> Any:
-    """NIXL's Python API. Its chooser imports torch to ask for a CUDA version (0.6 s): without a GPU there is none.
+    """NIXL's Python API. Older choosers import torch to ask for a CUDA version (0.6 s): without a GPU there is none.
 
     UCX's shared-memory message lanes cannot tell that a peer has failed, so NIXL never uses them; left on, they make
     segments, and a process that is killed at that moment leaves one behind.
@@ -60,7 +62,17 @@ def load_nixl() -> Any:
         for name in ("nixl_cu13", "nixl_cu12"):
             with contextlib.suppress(ImportError):
                 return importlib.import_module(f"{name}._api")
+    _load_cuda_runtime()
     return importlib.import_module("nixl._api")
+
+
+def _load_cuda_runtime() -> None:
+    """UCX's CUDA modules want libcudart, which torch brings along, but not to where the loader looks for it."""
+    found = importlib.util.find_spec("nvidia")
+    for folder in (found.submodule_search_locations or ()) if found is not None else ():
+        for path in glob.glob(f"{folder}/*/lib/libcudart.so.*"):
+            with contextlib.suppress(OSError):
+                ctypes.CDLL(path, ctypes.RTLD_GLOBAL)
 
 
 class Peer:
