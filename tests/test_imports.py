@@ -42,6 +42,8 @@ HOMES = {
     "nixl_cu12": ("kvreal",),
     "nixl_cu13": ("kvreal",),
     "torch": ("kvreal",),
+    "transformers": ("kvreal",),
+    "triton": ("kvreal",),
     "threading": ("kvreal",),
     "socket": ("kvreal",),
     "time": ("kvreal", "kvmove"),  # kvmove shows how long a run took; no machine or simulation may know

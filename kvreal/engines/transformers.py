@@ -24,7 +24,7 @@ from typing import Any, Dict, Final, Iterator, List, Optional, Protocol, Sequenc
 
 import msgspec
 import torch
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
 
 from kvcore.protocol.chunks import chunk_keys
 from kvcore.protocol.machine import StartFill, StartRead
@@ -33,7 +33,7 @@ from kvreal.instance_file import InstanceFile
 from kvreal.layout import slots
 from kvreal.layout.bind import allocate
 from kvreal.layout.paged import Paged
-from kvreal.layout.shape import ITEM_BYTES, Layout, Part, like
+from kvreal.layout.shape import ITEM_BYTES, Layout, LayoutError, Part, like
 from kvreal.layout.views import INTEGERS, View
 from kvreal.memory import Memory
 
@@ -107,7 +107,7 @@ class TransformersEngine:
         self, model: Any, chunk_tokens: int, block_tokens: int, blocks: int, axes: str = AXES, name: str = "tiny"
     ) -> None:
         """``axes``: how a layer's blocks lie (kvreal.layout.shape), K and V together or each in a tensor.
-        LayoutError: they cannot lie so."""
+        LayoutError: they cannot lie so, or the model keeps more than the KV of full attention, all layers alike."""
         self.model: Any = model.eval()
         self.name: str = name
         self.chunk_tokens: int = chunk_tokens
@@ -126,10 +126,19 @@ class TransformersEngine:
         cache = DynamicCache(config=self.model.config)
         with torch.inference_mode():
             self.model(torch.tensor([[0]], device=self.model.device), **{self.cache_argument: cache})
-        parts: List[Part] = []
-        for name, held in (("k", cache.layers[0].keys), ("v", cache.layers[0].values)):
-            parts.append(Part(name, held.shape[1], held.shape[3], str(held.dtype).removeprefix("torch.")))
-        return (parts[0], parts[1]), len(cache.layers)
+        kept = []
+        for number, layer in enumerate(cache.layers):
+            if type(layer) is not DynamicLayer:
+                kind = type(layer).__name__
+                raise LayoutError(f"layer {number} of {self.name} keeps its KV in a {kind}, expected full attention")
+            parts = []
+            for name, held in (("k", layer.keys), ("v", layer.values)):
+                parts.append(Part(name, held.shape[1], held.shape[3], str(held.dtype).removeprefix("torch.")))
+            kept.append((parts[0], parts[1]))
+            if kept[-1] != kept[0]:
+                first, other = [" and ".join([str(part) for part in kept[at]]) for at in (0, -1)]
+                raise LayoutError(f"layer {number} of {self.name} keeps {other}, layer 0 {first}: expected one shape")
+        return kept[0], len(kept)
 
     def namespace(self) -> Namespace:
         """What must be equal for its KV to be another's: the weights are named by a digest of them."""

@@ -198,3 +198,15 @@ def test_bytes_of_another_count_are_refused_at_once(tmp_path: Path) -> None:
         Server(engine, None, read(path))  # type: ignore[arg-type]
     mla = TransformersEngine(deepseek(), CHUNK, 8, 8, "block token channel")
     assert mla.layout.form == "3 x (k 1x24 float32, v 1x8 float32)"
+
+
+def test_a_model_that_keeps_something_else_is_refused() -> None:
+    """A window's layers forget: their KV is not that of the whole prompt."""
+    from transformers import MistralConfig, MistralForCausalLM
+
+    config = MistralConfig(
+        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, sliding_window=8,
+    )  # fmt: skip
+    with pytest.raises(LayoutError, match="layer 0 of tiny keeps its KV in a DynamicSlidingWindowLayer, expected full"):
+        TransformersEngine(MistralForCausalLM(config), CHUNK, 8, 8)
