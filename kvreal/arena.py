@@ -6,10 +6,10 @@
     member.take(other, [0, 1], [7, 8])      # my slots 7, 8 now are what the other calls 0, 1
 
 What a process calls slot 7 is an entry of its row, which names a physical slot; several entries may name one. Chunks
-are never changed once they are written, so sharing one needs no more than that: whoever writes asks for slots of its own
-first. A physical slot is free when no entry of a living process names it. Every process holds a lock on a file of its
-own, which the kernel lets go when it dies, however it dies: its row is then dropped by whoever looks next. A process
-that dies in the middle of a change leaves the mark that it set before; whoever finds it counts the rows anew.
+are never changed once they are written, so sharing one needs no more than that: whoever writes asks for slots of its
+own first. A physical slot is free when no entry of a living process names it. Every process holds a lock on a file of
+its own, which the kernel lets go when it dies, however it dies: its row is then dropped by whoever looks next. A
+process that dies in the middle of a change leaves the mark that it set before; whoever finds it counts the rows anew.
 """
 
 from __future__ import annotations

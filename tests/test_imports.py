@@ -27,6 +27,7 @@ PROTOCOL_MAY_IMPORT = {
     "collections.abc",
     "dataclasses",
     "enum",
+    "functools",
     "hashlib",
     "heapq",
     "msgspec",

@@ -110,7 +110,7 @@ def test_the_suite_runs_on_an_installed_transport_by_name(installed: Path) -> No
 
 @pytest.mark.parametrize("name", ["smoke", "nixl2", ""])
 def test_an_unknown_transport_is_refused_in_one_line(name: str) -> None:
-    with pytest.raises(TransferError, match="unknown transport .* expected one of auto, nixl"):
+    with pytest.raises(TransferError, match="unknown transport .* expected one of auto, arena, nixl"):
         resolve(name)
     found = conformance(name or "''")
     assert found.returncode == 2 and len(found.stderr.splitlines()) == 1
