@@ -26,7 +26,7 @@ from typing import Deque, Dict, Final, Iterator, List, Tuple
 
 import msgspec
 
-from kvcore.protocol.machine import EpochIssued, Incarnation, JournalRecord, Outcome
+from kvcore.protocol.machine import Begin, EpochIssued, Incarnation, JournalRecord, Outcome
 from kvreal.journal import JournalError
 from kvreal.wal import damage
 
@@ -56,7 +56,6 @@ CREATE TABLE records (
     body BLOB NOT NULL,
     sum INTEGER NOT NULL
 );
-CREATE INDEX by_number ON records (number);
 CREATE TABLE kept (number INTEGER PRIMARY KEY, body BLOB NOT NULL);
 """
 INSERT: Final = "INSERT INTO records VALUES (?, ?, ?, ?, ?, ?, ?)"
@@ -203,8 +202,10 @@ class SqliteJournal:
         self.most: int = kept
         self.seq: int = 0
         self.since_prune: int = 0
-        #: ended events in the order of their ends: (wall_ns, event)
-        self.ended: Deque[Tuple[int, int]] = deque()
+        #: ended events in the order of their ends: (wall_ns, event, seq of its first record, seq of its last)
+        self.ended: Deque[Tuple[int, int, int, int]] = deque()
+        #: event that goes on -> seq of its first record
+        self.begun: Dict[int, int] = {}
         #: seq of every Incarnation, oldest first
         self.incarnations: Deque[int] = deque()
         #: place -> (seq) of its epochs, oldest first; and of all of them
@@ -230,6 +231,7 @@ class SqliteJournal:
         (last,) = self.base.execute("SELECT coalesce(max(seq), 0) FROM records").fetchone()
         if last != (rows[-1].seq if rows else 0):
             raise JournalError(f"{self.path}: another controller has just used this journal")
+        self.base.execute("DROP INDEX IF EXISTS by_number")  # of earlier versions
         self.seq = last
         for row in rows:
             self._note(row.seq, row.wall_ns, row.record)
@@ -237,7 +239,9 @@ class SqliteJournal:
     def _note(self, seq: int, wall_ns: int, record: JournalRecord) -> None:
         """What pruning will have to know."""
         if isinstance(record, Outcome):
-            self.ended.append((wall_ns, record.event))
+            self.ended.append((wall_ns, record.event, self.begun.pop(record.event, seq), seq))
+        elif isinstance(record, Begin):
+            self.begun[record.event] = seq
         elif isinstance(record, Incarnation):
             self.incarnations.append(seq)
         elif isinstance(record, EpochIssued):
@@ -329,19 +333,20 @@ class SqliteJournal:
             return 0
         before = self.base.total_changes
         with self._transaction():
-            numbers = [(number,) for number in over]
+            # Between an event's first record and its last: an index would cost each append more than all of this.
             kinds = "('Begin', 'Promised', 'Decide', 'Outcome')"
-            self.base.executemany(f"DELETE FROM records WHERE number = ? AND kind IN {kinds}", numbers)
-            self.base.executemany("DELETE FROM kept WHERE number = ?", numbers)
+            among = "DELETE FROM records WHERE seq BETWEEN ? AND ? AND number = ?"
+            self.base.executemany(f"{among} AND kind IN {kinds}", [(first, last, event) for event, first, last in over])
+            self.base.executemany("DELETE FROM kept WHERE number = ?", [(event,) for event, _, _ in over])
             self.base.executemany("DELETE FROM records WHERE seq = ?", [(seq,) for seq in rows])
         return self.base.total_changes - before
 
-    def _over(self, most: int) -> List[int]:
-        """Ended events beyond the count, or older than the age."""
+    def _over(self, most: int) -> List[Tuple[int, int, int]]:
+        """Ended events beyond the count, or older than the age: (event, seq of its first record, of its last)."""
         oldest_ns = time.time_ns() - self.kept_ns
-        found: List[int] = []
+        found: List[Tuple[int, int, int]] = []
         while self.ended and len(found) < most and (len(self.ended) > self.most or self.ended[0][0] < oldest_ns):
-            found.append(self.ended.popleft()[1])
+            found.append(self.ended.popleft()[1:])
         return found
 
 

@@ -34,6 +34,7 @@ ROLES: Final[Dict[str, Tuple[str, ...]]] = {"read": ("read",), "move": ("read", 
 SHORTEST: Final = 16
 LONGEST: Final = 512
 _TOKEN: Final = re.compile(r"[A-Za-z0-9._~+/=-]+")
+_WHENCE: Final = frozenset({b"host", b"origin", b"sec-fetch-site"})
 _CHALLENGE: Final = {"WWW-Authenticate": 'Bearer realm="kvmove"'}
 
 AuthDependency = Callable[[str], Callable[..., Any]]
@@ -148,12 +149,15 @@ def _names_here(host: str) -> bool:
 
 
 def _here(request: Request) -> None:
-    headers = request.headers
-    host = headers.get("host", "")
+    said: Dict[bytes, str] = {}
+    for name, value in request.scope["headers"]:
+        if name in _WHENCE:
+            said.setdefault(name, value.decode("latin-1"))
+    host = said.get(b"host", "")
     if not _names_here(host):
         raise HTTPException(403, f"without tokens this answers to localhost only, not to {host[:80]!r}")
-    if headers.get("sec-fetch-site", "none") in ("cross-site", "same-site"):
+    if said.get(b"sec-fetch-site", "none") in ("cross-site", "same-site"):
         raise HTTPException(403, "another site's page sent this")
-    origin = headers.get("origin", "")
+    origin = said.get(b"origin", "")
     if origin and origin.partition("://")[2] != host:
         raise HTTPException(403, f"a page of {origin[:80]} sent this")

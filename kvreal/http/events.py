@@ -23,6 +23,8 @@ from kvreal.http.views import Record, brief, view_of
 
 STREAM_QUEUE: Final = 1_000
 PRUNE_EVERY: Final = 64
+SHORT: Final = 2_048
+"""Details that are kept as they are: compressing them takes longer than writing them."""
 MAX_CHILDREN: Final = 1_000
 """Chains of a drain that its event names; there may be more."""
 
@@ -38,6 +40,15 @@ class Keeper(Protocol):
     def kept(self) -> Sequence[Tuple[int, bytes]]: ...
 
 
+def packed(text: bytes, longest: int = 0) -> bytes:
+    """Compressed, if it is longer than that and has not been before. JSON does not begin as compressed bytes do."""
+    return zlib.compress(text, 1) if len(text) > longest and text.startswith(b"{") else text
+
+
+def unpacked(text: bytes) -> bytes:
+    return text if text.startswith(b"{") else zlib.decompress(text)
+
+
 def _expire(future: asyncio.Future[None]) -> None:
     if not future.done():
         future.set_result(None)
@@ -51,7 +62,7 @@ class EventLog:
         self.waiting: Dict[int, Set[asyncio.Future[None]]] = {}
         self.streams: Set[asyncio.Queue[Optional[Told]]] = set()
         #: ended, and not told yet
-        self.over: List[EventView] = []
+        self.over: List[Tuple[int, EventView]] = []
         #: told of each ended event (metrics)
         self.on_ended: List[Callable[[EventView], None]] = []
         config = machine.spec.config
@@ -88,7 +99,10 @@ class EventLog:
     def onlook(self, now: int, item: m.Input, effects: List[m.Effect]) -> None:
         """An onlooker of the service: tells ``on_ended`` of the events that have ended."""
         over, self.over = self.over, []
-        for view in over:
+        for number, view in over:
+            record = self.records.get(number)
+            if record is not None:
+                record.whole = packed(record.whole)
             for listener in self.on_ended:
                 listener(view)
 
@@ -100,8 +114,8 @@ class EventLog:
             for number, frozen in self.keeper.kept():
                 kept = self.records.get(number)
                 if kept is not None:
-                    kept.whole = frozen
-                    kept.frozen = brief(self._decode(zlib.decompress(frozen)))
+                    kept.whole = packed(frozen)
+                    kept.frozen = brief(self._decode(unpacked(frozen)))
                     self._child_ended(kept.frozen)
         for number, kept in list(self.records.items()):
             event = moves.events.get(number)
@@ -196,7 +210,7 @@ class EventLog:
         view = self.view(record, True)
         record.frozen = brief(view)
         self._child_ended(view)
-        record.whole = zlib.compress(msgspec.json.encode(view), 1)
+        record.whole = packed(msgspec.json.encode(view), SHORT)
         record.event = record.drain = None
         record.lens = ()
         record.present, record.kept_at, record.committed = {}, {}, {}
@@ -206,7 +220,7 @@ class EventLog:
         for future in self.waiting.pop(record.number, set()):
             if not future.done():
                 future.set_result(None)
-        self.over.append(view)
+        self.over.append((record.number, view))
         self._tell("event", record.frozen)
 
     def _child_ended(self, view: EventView) -> None:
@@ -237,6 +251,11 @@ class EventLog:
     def get(self, number: int) -> Optional[EventView]:
         record = self.records.get(number)
         return None if record is None else self.view(record, True)
+
+    def whole(self, number: int) -> Optional[bytes]:
+        """An ended event's view, as JSON; None if it is not known or has not ended."""
+        record = self.records.get(number)
+        return unpacked(record.whole) if record is not None and record.frozen is not None else None
 
     def newest(self, limit: int, state: str = "", kind: str = "", since: int = 0) -> List[EventView]:
         """Without ranks and chunks, the newest first."""
@@ -295,7 +314,7 @@ class EventLog:
     # ---- views
     def view(self, record: Record, full: bool) -> EventView:
         if record.frozen is not None:
-            return self._decode(zlib.decompress(record.whole)) if full else record.frozen
+            return self._decode(unpacked(record.whole)) if full else record.frozen
         lives = record.kind == "pin" and record.outcome is None
         return view_of(record, full, self.expires_in_s(record.number) if lives else None)
 

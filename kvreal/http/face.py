@@ -220,9 +220,11 @@ class Face:
 
     async def wait(self, name: str, timeout_s: float) -> Reply:
         until = time.monotonic() + timeout_s
-        for number in self._numbers(name):
+        numbers = self._numbers(name)
+        for number in numbers:
             await self.log.ended(number, max(0.0, until - time.monotonic()))
-        return self.event(name)
+        whole = self.log.whole(numbers[0]) if len(numbers) == 1 else None
+        return self.event(name) if whole is None else Reply(200, msgspec.Raw(whole))
 
     async def cancel(self, name: str) -> Reply:
         numbers = self._numbers(name)
