@@ -10,7 +10,7 @@ from __future__ import annotations
 import ipaddress
 import logging
 import re
-from typing import Any, Callable, Dict, Final, List, Optional, Protocol, Set, Tuple
+from typing import Any, Callable, Dict, Final, Iterator, List, Optional, Protocol, Set, Tuple
 
 import msgspec
 import zmq
@@ -118,6 +118,8 @@ class Endpoints:
         self.peers: Dict[str, Tuple[Any, bytes]] = {}
         #: headers as they have arrived before, and from whom
         self.heads: Dict[bytes, str] = {}
+        #: whether there may be more than was taken
+        self.more: bool = False
         #: sockets of others in this context, closed with it
         self.others: List[Any] = []
         #: messages to faces
@@ -199,19 +201,24 @@ class Endpoints:
     # ---- receiving
     def receive(self) -> Tuple[List[Tuple[str, Wire]], bool]:
         """((src, message) of what has arrived, at most BATCH; whether there may be more)."""
-        found: List[Tuple[str, Wire]] = []
+        found = list(self.arriving())
+        return found, self.more
+
+    def arriving(self) -> Iterator[Tuple[str, Wire]]:
+        """The same one by one: what the first asks for can go out before the next is looked at."""
         recv: Callable[..., Any] = self.pull.recv
+        self.more = True
         for _ in range(BATCH):
             try:
                 frames = [recv(NOW, False)]
             except zmq.Again:
-                return found, False
+                self.more = False
+                return
             while frames[-1].more:
                 frames.append(recv(NOW, False))
             item = self._known(frames) or self._decode(frames)
             if item is not None:
-                found.append(item)
-        return found, True
+                yield item
 
     def _known(self, frames: List[Any]) -> Optional[Tuple[str, Wire]]:
         """A good frame of a node that has been heard before; anything else is looked at closely."""

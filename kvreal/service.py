@@ -54,7 +54,7 @@ log = logging.getLogger("kvmove.service")
 TERMINAL: Final = frozenset({"done", "failed", "refused", "ok"})
 WATCH_QUEUE: Final = 10_000
 """Steps that a slow watcher may be behind before it loses some."""
-BEHIND_S: Final = 0.002
+BEHIND_S: Final = 0.01
 """How far those who only look on may be behind: what a step asks for goes out first."""
 BEHIND_MOST: Final = 1_000
 
@@ -282,15 +282,13 @@ class Service:
         """The socket's descriptor tells of changes only: read until there is nothing more, a batch at a time."""
         if not self.running:
             return
-        found, more = self.network.receive()
-        for src, message in found:
+        for src, message in self.network.arriving():
             self._give(m.Received(src, message))
             if not self.running:
                 return
-        if more:
+        if self.network.more:
             self._loop.call_soon(self._readable)
-        if found:
-            self._arm()
+        self._arm()
 
     def _collect(self) -> None:
         if self.running:

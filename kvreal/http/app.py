@@ -67,9 +67,6 @@ def respond(reply: Reply) -> Response:
 
 async def body_of(request: Request, kind: Callable[[bytes], T], limit: int) -> T:
     """The request's JSON as a struct. Refused with 413 or 422."""
-    declared = request.headers.get("content-length", "")
-    if declared.isdigit() and int(declared) > limit:
-        raise Refused(refusal("too_large", f"the body has {declared} bytes, at most {limit} are taken"))
     pieces: List[bytes] = []
     size = 0
     more = True
@@ -81,6 +78,10 @@ async def body_of(request: Request, kind: Callable[[bytes], T], limit: int) -> T
         pieces.append(piece)
         size += len(piece)
         more = message.get("more_body", False)
+        if more and len(pieces) == 1:  # a body that is here whole need not say how long it is
+            declared = request.headers.get("content-length", "")
+            if declared.isdigit() and int(declared) > limit:
+                raise Refused(refusal("too_large", f"the body has {declared} bytes, at most {limit} are taken"))
         if size > limit:
             raise Refused(refusal("too_large", f"the body has more than {limit} bytes"))
     try:
@@ -125,7 +126,10 @@ async def _now(reply: Reply) -> Reply:
 
 
 def _idem(request: Request) -> str:
-    return request.headers.get("idempotency-key", "")[:256]
+    for name, value in request.scope["headers"]:
+        if name == b"idempotency-key":
+            return str(value.decode("latin-1"))[:256]
+    return ""
 
 
 #: path, role, body, answer, other status codes, what it says, what it does
