@@ -23,6 +23,7 @@ from kvreal.http.app import MAX_BODY_BYTES, create_app
 from kvreal.http.events import EventLog, Keeper
 from kvreal.http.face import Face
 from kvreal.http.face import Settings as FaceSettings
+from kvreal.http.hot import protocol
 from kvreal.http.watching import watching
 from kvreal.loop import runner, settle
 from kvreal.service import JournalLike, Service
@@ -185,8 +186,9 @@ class ControllerProcess:
             routers=self.routers,
             max_body_bytes=self.settings.max_body_bytes,
         )
+        http = protocol(app.quick) if app.quick is not None else "auto"
         config = uvicorn.Config(
-            app, log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=3, ws="none",
+            app, log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=3, ws="none", http=http,
             proxy_headers=False, limit_concurrency=10_000, h11_max_incomplete_event_size=64 << 10, server_header=False,
         )  # fmt: skip
         self.server = Server(config)

@@ -4,17 +4,29 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from functools import lru_cache
-from typing import List, Optional, Sequence, Tuple
+from typing import Dict, List, Optional, Sequence, Tuple
 
 from kvcore.protocol.messages import Key, Namespace
 
 KEY_BYTES = 32
+ROOTS = 256
+"""Roots that are remembered: every prompt begins with one."""
+
+_roots: Dict[Tuple[Namespace, str, str], Key] = {}
 
 
-@lru_cache(256)
 def root_key(namespace: Namespace, adapter: str = "", salt: str = "") -> Key:
     """The seed of a namespace's keys. Fields are tagged and length-prefixed, so no two namespaces look alike (F30)."""
+    asked = (namespace, adapter, salt)
+    key = _roots.get(asked)
+    if key is None:
+        if len(_roots) >= ROOTS:
+            _roots.clear()
+        key = _roots[asked] = _root_key(namespace, adapter, salt)
+    return key
+
+
+def _root_key(namespace: Namespace, adapter: str, salt: str) -> Key:
     digest = hashlib.blake2b(b"kvmove keys 1", digest_size=KEY_BYTES)
     fields = [(name, str(getattr(namespace, name))) for name in namespace.__struct_fields__]
     if namespace.block_tokens == 1:  # keys are as they were before there were blocks

@@ -26,6 +26,7 @@ from kvreal.service import ServiceStopped
 
 MAX_BODY_BYTES: Final = 16 << 20
 """About two million token ids."""
+AT_ONCE: Final = frozenset({"/lookup", "/move"})
 BEAT_S: Final = 15.0
 """A line in an idle stream, so that whoever watches, and what stands between, knows that it lives."""
 
@@ -210,7 +211,7 @@ def create_app(
     auth_dependency: Optional[AuthDependency] = None,
     routers: Sequence[APIRouter] = (),
     max_body_bytes: int = MAX_BODY_BYTES,
-) -> FastAPI:
+) -> App:
     """``routers``: more routes (the page, the metrics), each with dependencies of its own."""
     app = App(title="kvmove controller", description=ABOUT, version="1", docs_url=None, redoc_url=None)
     app.state.face = face
@@ -222,7 +223,7 @@ def create_app(
     for path, role, kind, good, codes, about, handler in POSTS:
         answers = _post(app, face, path, kind, handler, max_body_bytes, dependencies=allowed(role), description=about,
                         responses=_responses(good, 413, 422, *codes), name=path[1:])  # fmt: skip
-        posts[path] = Post(role, answers)
+        posts[path] = Post(role, answers, path in AT_ONCE)
     _gets(app, face, allowed)
     app.include_router(docs.router(app.title))
     for router in routers:

@@ -25,6 +25,8 @@ Admit = Callable[[str, Request], None]
 class Post(NamedTuple):
     role: str
     answers: Answers
+    at_once: bool = False
+    """It waits for plain futures only, so that it can be begun outside a task."""
 
 
 class Quick:
@@ -46,30 +48,37 @@ class Quick:
         self.encode: Callable[[object], bytes] = encode
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> bool:
-        found = self._find(scope) if scope["type"] == "http" else None
+        found = self.find(scope) if scope["type"] == "http" else None
         if found is None:
             return False
-        request = Request(scope, receive)
+        reply = await self.reply(found, Request(scope, receive))
+        if reply is not None:
+            await self.say(reply, send)
+        return True
+
+    async def reply(self, found: Post, request: Request) -> Optional[Reply]:
+        """None: whoever asked has gone."""
         try:
             if self.admit is not None:
                 self.admit(found.role, request)
-            reply = await found.answers(request)
+            return await found.answers(request)
         except ClientDisconnect:
-            return True
+            return None
         except Exception as error:
             known = self.reply_of(error)
             if known is None:
                 raise
-            reply = known
+            return known
+
+    async def say(self, reply: Reply, send: Send) -> None:
         body = self.encode(reply.body)
         headers = [(b"content-length", b"%d" % len(body)), (b"content-type", b"application/json")]
         for name, value in reply.headers.items():
             headers.append((name.lower().encode("latin-1"), value.encode("latin-1")))
         await send({"type": "http.response.start", "status": reply.status, "headers": headers})
         await send({"type": "http.response.body", "body": body})
-        return True
 
-    def _find(self, scope: Scope) -> Optional[Post]:
+    def find(self, scope: Scope) -> Optional[Post]:
         path: str = scope["path"]
         if scope["method"] == "POST":
             return self.posts.get(path)
@@ -81,4 +90,4 @@ class Quick:
         if query and asked is None:
             return None
         seconds = float(asked.group(1)) if asked is not None else WAIT_S
-        return Post("read", lambda request: self.wait(name, seconds))
+        return Post("read", lambda request: self.wait(name, seconds), True)

@@ -19,6 +19,7 @@ from kvreal.endpoints import Endpoints, Header
 from kvreal.http.app import create_app
 from kvreal.http.events import EventLog
 from kvreal.http.face import Face
+from kvreal.http.hot import protocol
 from kvreal.journal_sqlite import open_journal
 from kvreal.service import Service
 from tests.real.http.cluster import QUICK, Workers, eventually
@@ -55,7 +56,7 @@ class Inside:
         self.reply.start()
         self.http: socket.socket = listen("127.0.0.1", 0)
         self.app = create_app(self.face)
-        config = uvicorn.Config(self.app, log_config=None, lifespan="off", ws="none")
+        config = uvicorn.Config(self.app, log_config=None, lifespan="off", ws="none", http=protocol(self.app.quick))
         self.server = uvicorn.Server(config)
         self.server.install_signal_handlers = lambda: None  # type: ignore[attr-defined]
         self.serving = asyncio.ensure_future(self.server._serve(sockets=[self.http]))
