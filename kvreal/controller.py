@@ -61,13 +61,20 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     history: Optional[Path] = None
 
 
-class Opened(msgspec.Struct, frozen=True, kw_only=True):
-    """What others provide: the journal, and what protects the sockets and the routes."""
+class Journaled(msgspec.Struct, frozen=True, kw_only=True):
+    """A journal that is open, and what it held."""
 
     journal: Any
     records: Tuple[JournalRecord, ...] = ()
     keeper: Any = None
-    about_journal: str = ""
+    about: str = ""
+
+
+class Opened(msgspec.Struct, frozen=True, kw_only=True):
+    """What others provide: the journal, and what protects the sockets and the routes."""
+
+    journal: Callable[[], Journaled]
+    """Called once every port is ours: a controller that cannot start leaves no file behind."""
     curve: Any = None
     auth_dependency: Any = None
     routers: Tuple[Callable[[Face], Any], ...] = ()
@@ -155,13 +162,18 @@ class ControllerProcess:
             )
         except EndpointError as error:
             raise ControllerError(str(error)) from error
-        self.reply: ReplySocket = ReplySocket(self.network, f"{host}:{settings.ports.reply}", self.about)
-        journal: JournalLike = opened.journal
+        try:
+            self.reply: ReplySocket = ReplySocket(self.network, f"{host}:{settings.ports.reply}", self.about)
+            self.journaled: Journaled = opened.journal()
+        except BaseException:
+            self.network.close()
+            raise
+        journal: JournalLike = self.journaled.journal
         spec = ControllerSpec(self.network.address, settings.config)
         self.service: Service = Service(
-            spec, self.network, journal=journal, records=opened.records, history=settings.history
+            spec, self.network, journal=journal, records=self.journaled.records, history=settings.history
         )
-        keeper: Optional[Keeper] = opened.keeper
+        keeper: Optional[Keeper] = self.journaled.keeper
         self.log: EventLog = EventLog(self.service.machine, keeper)  # type: ignore[arg-type]
         self.face: Face = Face(self.service, self.log, settings.face)
         # Before the machine's first step, so that those who watch see all of them.
@@ -218,13 +230,13 @@ class ControllerProcess:
         events = len(self.log.records)
         return (
             f"controller: http://{host}:{port}, workers at {self.network.address} (reply {self.reply.port}), "
-            f"journal {self.opened.about_journal}, incarnation {incarnation}, "
-            f"{len(self.opened.records)} records and {events} events replayed in {took_s * 1e3:.0f} ms"
+            f"journal {self.journaled.about}, incarnation {incarnation}, "
+            f"{len(self.journaled.records)} records and {events} events replayed in {took_s * 1e3:.0f} ms"
         )
 
 
 def run(settings: Settings, open_: Callable[[], Opened]) -> int:
-    """Serve until told to stop. ControllerError says in one line why not. ``open_`` is called once the port is ours."""
+    """Serve until told to stop. ControllerError: why not, in one line. ``open_`` is called once HTTP's port is ours."""
     if not is_loopback(settings.host) or not is_loopback(settings.monitor_host):
         log.debug("listening beyond this machine")
     http = listen(settings.host, settings.port)

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
 import time
+from datetime import UTC, datetime
 from functools import lru_cache
 from typing import Any, Callable, Dict, Final, List, Optional, TextIO, Union
 
@@ -22,6 +24,7 @@ from kvcore.protocol.messages import Committed, MoveRequest, PinRequest, Release
 FIELDS: Final = ("event", "node", "epoch", "peer", "peer_epoch")
 LIVES: Final = frozenset({"registered", "expelled", "believed", "dead"})
 """Notes whose number is an epoch, not an event."""
+_SINCE: Final = re.compile(r"since (\d{1,19}) ns")
 log = logging.getLogger("kvmove.events")
 
 
@@ -141,7 +144,9 @@ class StepLog:
             level = logging.INFO if here else logging.WARNING
             self._say(text, peer=note.detail, peer_epoch=event_name(note.event), level=level)
         elif note.kind == "register_refused":
-            self._say(f"refused to register: {note.detail}", level=logging.WARNING)
+            self._say(f"refused to register: {in_words(note.detail)}", level=logging.WARNING)
+        elif note.kind == "constants_differ":
+            self._say(f"constants differ: {with_units(note.detail)}; say the same at both", level=logging.WARNING)
         elif note.kind in ("stale_epoch", "stale_incarnation", "unexpected"):
             level = logging.WARNING if note.kind == "unexpected" else logging.INFO
             self._say(f"{note.kind.replace('_', ' ')}: {note.detail}", note.event, level=level)
@@ -167,6 +172,27 @@ class StepLog:
     def _say(self, text: str, event: int = 0, *, level: int = logging.INFO, **peer: str) -> None:
         about = {"node": self.node, "epoch": self.epoch, "event": event_name(event) if event else "", **peer}
         log.log(level, "%s", text, extra=about)
+
+
+def with_dates(text: str) -> str:
+    """Times in a message's words, ``since 1795529131000000000 ns``, as people read them."""
+
+    def when(match: re.Match[str]) -> str:
+        at = datetime.fromtimestamp(int(match.group(1)) / 1e9, UTC)
+        return f"since {at:%Y-%m-%d %H:%M:%S} UTC"
+
+    return _SINCE.sub(when, text)
+
+
+def in_words(refusal: str) -> str:
+    """A refused registration's detail: with dates, or with seconds where it is about constants."""
+    return with_units(refusal) if ": constants," in refusal else with_dates(refusal)
+
+
+def with_units(text: str) -> str:
+    """Constants in a message's words, ``beat_ns=1000000`` or ``beat_ns is 1000000 here, 5 there``, in seconds."""
+    plain = re.sub(r"\b(\w+)_ns\b", r"\1", text)
+    return re.sub(r"(?<=[= ])(\d{4,19})\b(?!\.)", lambda match: f"{int(match.group(1)) / 1e9:g} s", plain)
 
 
 def _asked(request: Any) -> str:

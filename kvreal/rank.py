@@ -10,14 +10,12 @@ import argparse
 import asyncio
 import logging
 import os
-import re
 import signal
 import socket
 import struct
 import subprocess
 import sys
 import tempfile
-from datetime import UTC, datetime
 from typing import Any, Callable, Dict, Final, List, Optional, Sequence, Tuple, Union, cast
 
 import msgspec
@@ -31,7 +29,7 @@ from kvreal.engines.thread import EngineThread
 from kvreal.http.serving import Held, RankGone
 from kvreal.instance_file import InstanceFile, read
 from kvreal.keys import Keys, load
-from kvreal.logs import StepLog, configure
+from kvreal.logs import StepLog, configure, with_dates, with_units
 from kvreal.loop import runner, settle
 from kvreal.memory import Memory
 from kvreal.service import Service, ServiceStopped, WorkerParts
@@ -42,7 +40,6 @@ from kvreal.ucx import respect
 log = logging.getLogger("kvmove.instance")
 
 FRAME_MAX: Final = 16 << 20
-_SINCE: Final = re.compile(r"since (\d+) ns")
 
 
 class Said(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
@@ -154,15 +151,13 @@ class Local:
 def refusal(instance: str, why: str, rest: str) -> str:
     """One line of a refused registration, with the times in it as people read them."""
 
-    def when(match: re.Match[str]) -> str:
-        at = datetime.fromtimestamp(int(match.group(1)) / 1e9, UTC)
-        return f"since {at:%Y-%m-%d %H:%M:%S} UTC"
-
     have, _, got = rest.removeprefix("have ").partition(", got ")
     if why == "duplicate_id":
-        return f"the instance {instance} is there already, at {_SINCE.sub(when, have)}; this one ({got}) is refused"
+        return f"the instance {instance} is there already, at {with_dates(have)}; this one ({got}) is refused"
     if why == "mismatch":
         return f"the controller has another rank of {instance} with {have}, this one has {got}; asking again"
+    if why == "constants":
+        return f"the controller refuses {instance}: its {with_units(have)}, and this one's {with_units(got)}"
     return f"the controller refuses {instance}: {why}: it has {have}, this is {got}"
 
 

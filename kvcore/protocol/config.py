@@ -108,6 +108,24 @@ class Config(msgspec.Struct, frozen=True, gc=False, forbid_unknown_fields=True, 
             )
 
 
+SHARED: Final = ("retry_ns", "lease_ns", "renew_ns", "retain_ns", "beat_ns", "dead_ns", "copy_max_ns")
+"""What controller and workers should agree on: each side keeps time by its own."""
+
+
+def unusual(config: Config) -> Tuple[Tuple[str, int], ...]:
+    """Those of ``SHARED`` that are not the usual ones, as a worker says them when it registers."""
+    usual = Config()
+    return tuple([(name, getattr(config, name)) for name in SHARED if getattr(config, name) != getattr(usual, name)])
+
+
+def differences(mine: Config, theirs: Tuple[Tuple[str, int], ...]) -> Tuple[Tuple[str, int, int], ...]:
+    """(name, mine, theirs) of those of ``SHARED`` that differ; names that are not known here differ from nothing."""
+    usual = Config()
+    said = dict(theirs)
+    found = [(name, getattr(mine, name), said.get(name, getattr(usual, name))) for name in SHARED]
+    return tuple([one for one in found if one[1] != one[2]])
+
+
 def _times(factor: int, name: str) -> str:
     return name if factor == 1 else f"{factor} {name}"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Dict, List, Optional, Tuple, final
 
 from kvcore.protocol.chunks import namespace_mismatch
-from kvcore.protocol.config import Config
+from kvcore.protocol.config import Config, differences
 from kvcore.protocol.coordinator import Coordinator
 from kvcore.protocol.fanout import Fanouts
 from kvcore.protocol.machine import Effect, EpochIssued, Journal, Note, Send, TimerName, Timers
@@ -65,6 +65,12 @@ class Membership:
         if not 0 <= m.rank < m.namespace.ranks <= MAX_RANKS:
             self._refuse(src, m, "ranks", f"at most {MAX_RANKS}", f"rank {m.rank} of {m.namespace.ranks}", out)
             return
+        other = differences(self.config, m.constants)
+        beat = next((theirs for name, _, theirs in other if name == "beat_ns"), 0)
+        if 2 * beat > self.config.dead_ns:
+            have = f"dead_ns={self.config.dead_ns}"
+            self._refuse(src, m, "constants", have, f"beat_ns={beat}, of which two must fit into it", out)
+            return
         known = self._known(m)
         difference = self._difference(m)
         if difference is not None:
@@ -102,6 +108,10 @@ class Membership:
             if rank.address == src and rank.register.nonce == m.nonce and rank.epoch >> 32 == self.incarnation:
                 out.append(Send(src, Registered(self.incarnation, m.nonce, rank.epoch)))
                 return
+        other = differences(self.config, m.constants)
+        if other:
+            text = ", ".join([f"{name} is {mine} here, {theirs} there" for name, mine, theirs in other])
+            out.append(Note("constants_differ", 0, f"{m.instance} rank {m.rank} at {src}: {text}"))
         self.epochs += 1
         epoch = event_id(self.incarnation, self.epochs)
         rank = self.registry.issue(src, epoch, m, False)

@@ -73,6 +73,8 @@ class Register(Message, frozen=True, gc=False):
     endpoint: str = ""
     since_ns: int = 0
     version: int = 1
+    constants: Tuple[Tuple[str, int], ...] = ()
+    """Its constants that are not the usual ones, by name: what does not fit the controller's is refused or noted."""
 
 
 class Registered(Message, frozen=True, gc=False):

@@ -129,6 +129,9 @@ def _registry() -> None:
     row = REGISTRY.row
     row("unknown", "Register", "issue an epoch, journal it", "issued", "h32", "Journal Registered")
     row("unknown", "Register: of another version", "refuse, naming both", "", "", "RegisterRefused Note")
+    row("unknown", "Register: its beats do not fit into dead", "refuse, naming both", "", "", "RegisterRefused Note")
+    row("unknown", "Register: other constants", "issue an epoch, journal it, note both", "issued", "h32",
+        "Note Journal Registered")
     row("unknown", "Register: another rank has another namespace", "refuse, naming both", "", "",
         "RegisterRefused Note")
     row("issued", "Register: again", "the same epoch again", "", "", "Registered")

@@ -6,9 +6,9 @@ lease, a reservation's end, a quarantine's Stop, a retention's lease.
 
 from __future__ import annotations
 
-from typing import Any, Callable, Dict, List, final
+from typing import Any, Callable, Dict, List, Tuple, final
 
-from kvcore.protocol.config import WorkerSpec
+from kvcore.protocol.config import WorkerSpec, unusual
 from kvcore.protocol.destination import Destination
 from kvcore.protocol.engine import Engine
 from kvcore.protocol.machine import (
@@ -81,6 +81,7 @@ class Worker(Machine):
         self.endpoint: str = ""
         self.born_ns: int = 0
         self.refused: str = ""
+        self.constants: Tuple[Tuple[str, int], ...] = unusual(config)
         #: highest incarnation of a controller that I have heard
         self.incarnation: int = 0
         self.pools: Dict[str, Pool] = {p.name: Pool(p.name, p.slots, config.rules) for p in spec.locations}
@@ -209,6 +210,7 @@ class Worker(Machine):
                     spec.locations,
                     self.endpoint,
                     self.born_ns,
+                    constants=self.constants,
                 ),
             )
         )

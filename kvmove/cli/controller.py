@@ -53,6 +53,9 @@ def controller(
         list[str] | None,
         typer.Option("--set", help="A constant of the protocol: --set lease='2 s'. Repeatable.", metavar="NAME=VALUE"),
     ] = None,
+    direction: Annotated[
+        str, typer.Option("--direction", help="Who moves bytes: read (the destination) or push (the source).")
+    ] = "read",
     history: Annotated[
         str | None, typer.Option("--history", help="Log every step there, for `kvmove history`.", metavar="FILE")
     ] = None,
@@ -67,6 +70,7 @@ def controller(
     Exit status: 0 told to stop, 1 the journal cannot be written any more, 2 bad input or a port that is taken.
     """
     output.choice("--durability", durability, ("process", "power"))
+    output.choice("--direction", direction, ("read", "push"))
     try:
         from kvreal import controller as real
         from kvreal.http.face import Settings as FaceSettings
@@ -80,7 +84,7 @@ def controller(
         ports=_ports(monitor_ports),
         monitor_host=monitor_host,
         address=_address(address),
-        config=_config(sets or [], events_kept, events_max),
+        config=msgspec.structs.replace(_config(sets or [], events_kept, events_max), push=direction == "push"),
         max_body_bytes=max_body,
         face=FaceSettings(_profile(profile), prefill),
         history=Path(history) if history else None,
@@ -151,22 +155,21 @@ def _logging() -> None:
 
 def _opened(path: Path, durability: str, tokens: str | None, keys: str | None, config: Config) -> Opened:
     from kvreal import keys as curve
-    from kvreal.controller import Opened
+    from kvreal.controller import Journaled, Opened
     from kvreal.http import auth
     from kvreal.journal import JournalError
     from kvreal.journal_sqlite import open_journal
 
+    def journal() -> Journaled:
+        try:
+            found, records = open_journal(path, durability, config.events_kept_ns, config.events_kept)
+        except JournalError as error:
+            raise UserError(str(error)) from None
+        return Journaled(journal=found, records=records, keeper=found, about=f"{path} ({durability})")
+
     try:
         curve_keys = curve.load(keys) if keys is not None else None
         known = auth.read_tokens(Path(tokens)) if tokens is not None else None
-        journal, records = open_journal(path, durability, config.events_kept_ns, config.events_kept)
-    except (curve.KeysError, auth.TokensError, JournalError) as error:
+    except (curve.KeysError, auth.TokensError) as error:
         raise UserError(str(error)) from None
-    return Opened(
-        journal=journal,
-        records=records,
-        keeper=journal,
-        about_journal=f"{path} ({durability})",
-        curve=curve_keys,
-        auth_dependency=auth.dependency(known),
-    )
+    return Opened(journal=journal, curve=curve_keys, auth_dependency=auth.dependency(known))

@@ -62,8 +62,6 @@ def up(
         from kvreal.topology import free_port
     except ImportError as error:
         raise RealUnavailable(f"processes need more ({error}): pip install 'kvmove[real,service]'") from None
-    if built.config.push:
-        raise UserError(f"{file}: kv.direction: push is for kvmove run; services read")
     ports = [number or free_port() for number in (port, pull_port, reply_port)]
     with tempfile.TemporaryDirectory(prefix="kvmove-up-") as folder:
         status = asyncio.run(
@@ -89,6 +87,7 @@ def topology(
     port, pull, reply = ports
     monitor = json.dumps({"pull": pull, "reply": reply})
     argv = ["controller", "--host", "localhost", "--port", str(port), "--monitor-ports", monitor, "--journal", journal]
+    argv += ["--direction", "push"] if built.config.push else []
     for constant, value in constants(built.config).items():
         argv += ["--set", f"{constant}={value}"]
     controller = Process("controller", argv, say)

@@ -39,6 +39,10 @@ class Keeper(Protocol):
 
     def kept(self) -> Sequence[Tuple[int, bytes]]: ...
 
+    def begun(self) -> Dict[int, int]:
+        """Event -> when it began, ns since 1970."""
+        ...
+
 
 def packed(text: bytes, longest: int = 0) -> bytes:
     """Compressed, if it is longer than that and has not been before. JSON does not begin as compressed bytes do."""
@@ -111,6 +115,9 @@ class EventLog:
             self._journaled(now, record, {}, restoring=True)
         moves = self.machine.moves
         if self.keeper is not None:
+            for number, begun_ns in self.keeper.begun().items():
+                if number in self.records:
+                    self.records[number].begun_ns = begun_ns
             for number, frozen in self.keeper.kept():
                 kept = self.records.get(number)
                 if kept is not None:

@@ -43,6 +43,8 @@ class Record:
         self.number: int = number
         self.kind: str = kind
         self.state: str = "pinning"
+        #: found in the journal: what had been heard of it went with an earlier life of the controller
+        self.restored: bool = not known
         self.begun_ns: int = now if known else 0
         self.ended_ns: int = 0
         #: state -> when it was entered, ns
@@ -107,7 +109,7 @@ def view_of(record: Record, full: bool, expires_in_s: Optional[float]) -> EventV
         begun=record.begun_ns / 1e9 if record.begun_ns else UNSET,
         ended=record.ended_ns / 1e9 if record.ended_ns else UNSET,
         duration_s=(record.ended_ns - record.begun_ns) / 1e9 if record.ended_ns and record.begun_ns else UNSET,
-        phases_s=_phases(record) if record.begun_ns and record.kind != "pin" else UNSET,
+        phases_s=_phases(record) if not record.restored and record.kind != "pin" else UNSET,
         idempotency_key=(request.idem if request is not None else "") or UNSET,
         parent=event_name(record.parent) if record.parent else UNSET,
         expires_in_s=UNSET if expires_in_s is None else expires_in_s,
@@ -126,7 +128,7 @@ def _transport(record: Record) -> str:
 
 def _bytes(record: Record, ranks: List[RankOutcome]) -> int | UnsetType:
     if record.kind == "drain":
-        told = record.begun_ns or record.totals.ended
+        told = not record.restored or record.totals.ended
         return record.totals.bytes if told else UNSET
     return sum(rank.bytes for rank in ranks) if record.kind == "move" and not _unheard(record) else UNSET
 
@@ -166,8 +168,7 @@ def _n(record: Record) -> int:
 
 def _unheard(record: Record) -> bool:
     """What the destinations said of it went with an earlier life of the controller."""
-    restored = not record.begun_ns
-    return restored and (record.event is None or (record.decided_n > 0 and not record.committed))
+    return record.restored and (record.event is None or (record.decided_n > 0 and not record.committed))
 
 
 def _ranks(record: Record) -> List[RankOutcome]:

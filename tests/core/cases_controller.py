@@ -6,7 +6,7 @@ from typing import Callable, Dict, List, Tuple
 
 import msgspec
 
-from kvcore.protocol.config import MS, Rules, S
+from kvcore.protocol.config import MS, Rules, S, unusual
 from kvcore.protocol.machine import Boot, Effect, Received, TimerFired
 from kvcore.protocol.messages import (
     NO_ID,
@@ -301,10 +301,13 @@ COORDINATOR["Cleared: of the source"] = _cleared("a/0")
 CLAIM = 60
 
 
-def register(w: Story, nonce: int = CLAIM, rank: int = 0, version: int = 1, dtype: str = "bfloat16") -> Register:
+def register(
+    w: Story, nonce: int = CLAIM, rank: int = 0, version: int = 1, dtype: str = "bfloat16", **constants: int
+) -> Register:
     spec = w.specs["b/0"]
     namespace = msgspec.structs.replace(spec.namespace, dtype=dtype)
-    return Register("b", rank, nonce, namespace, spec.locations, version=version)
+    said = {**dict(unusual(spec.config)), **constants}
+    return Register("b", rank, nonce, namespace, spec.locations, version=version, constants=tuple(said.items()))
 
 
 def place_in(state: str, ranks: int = 1) -> Story:
@@ -391,6 +394,8 @@ def again(state: str) -> Tuple[Story, Act]:
 REGISTRY: Dict[str, Case] = {
     "Register": place_hears(register),
     "Register: of another version": place_hears(lambda w: register(w, version=2)),
+    "Register: its beats do not fit into dead": place_hears(lambda w: register(w, beat_ns=10**18)),
+    "Register: other constants": place_hears(lambda w: register(w, lease_ns=12_345_678_901)),
     "Register: another rank has another namespace": unlike_its_mate,
     "Register: again": again,
     "Register: of another process": place_hears(lambda w: register(w, CLAIM + 1)),

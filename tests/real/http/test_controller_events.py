@@ -23,6 +23,7 @@ from kvcore.protocol.messages import (
     MoveRequest,
     Namespace,
     Pinned,
+    PinRequest,
     Refused,
     Register,
     Registered,
@@ -338,6 +339,9 @@ class Kept:
     def kept(self) -> List[Tuple[int, bytes]]:
         return list(self.rows.items())
 
+    def begun(self) -> Dict[int, int]:
+        return {FIRST: 999 * S}
+
 
 @pytest.mark.parametrize("with_details", [True, False])
 def test_a_restarted_log_knows_what_the_journal_knows(with_details: bool) -> None:
@@ -373,6 +377,17 @@ def test_a_restarted_log_knows_what_the_journal_knows(with_details: bool) -> Non
     assert failed.chunks
     assert {(c.destination, c.source) for c in failed.chunks} == {("unknown", "untouched")}
     assert failed.bytes is msgspec.UNSET
+
+
+def test_a_pin_that_a_restart_found_has_when_it_began() -> None:
+    request = PinRequest("op", ("a", CPU), (b"k1",), (4,), 60 * S)
+    machine = Controller(ControllerSpec("ctl", Config()))
+    log = EventLog(machine, Kept())
+    boot = m.Boot(journal=(m.Begin(FIRST, request),))
+    log.step(1_000 * S, boot, machine.handle(1_000 * S, boot))
+    view = log.get(FIRST)
+    assert view is not None
+    assert (view.state, view.begun) == ("held", 999.0)
 
 
 def test_ended_events_are_kept_by_count() -> None:

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import threading
 from pathlib import Path
-from typing import Dict, Iterator, List, Tuple
+from typing import Iterator, List
 
 import httpx
 import pytest
 
-from tests.real.http.cluster import CPU, Cluster, Controller, Workers, cluster, eventually
+from tests.real.http.cluster import CPU, Cluster, cluster, eventually
 
 pytestmark = pytest.mark.real
-DYING = str(Path(__file__).with_name("dying.py"))
 
 
 @pytest.fixture
@@ -205,88 +203,3 @@ def test_drain_spreads_an_instance_over_others_as_one_event(tmp_path: Path) -> N
             assert controller.post("/drain", **body).status_code == code
     finally:
         found.close()
-
-
-@pytest.mark.timeout(300)
-def test_prior_art_06_sigkill_at_every_effect_of_a_move(tmp_path: Path) -> None:
-    """One cluster, a move a death: after each the event has ended, its answer is true, and every byte is somewhere."""
-    controller = Controller(tmp_path, program=(DYING, "controller"))
-    workers = Workers(f"127.0.0.1:{controller.pull}")
-    found = Cluster(controller, workers)
-    died_after: List[Tuple[int, str]] = []
-    states: Dict[str, int] = {}
-    note = tmp_path / "died-after"
-    try:
-        controller.start(env={"KVMOVE_DIE_AT": "0", "KVMOVE_DIE_AFTER": str(note)})
-        workers.add("a")
-        workers.add("b")
-        found.known("a", "b")
-        for at in range(1, 20):
-            tokens = prompt(at * 1000)
-            assert workers.store("a", tokens) == 200
-            controller.kill()
-            # The questions of `held` count too: one answer each.
-            controller.start(env={"KVMOVE_DIE_AT": str(at), "KVMOVE_DIE_AFTER": str(note)})
-            found.known("a", "b")
-            eventually(lambda: workers.run(_epochs(workers)), 20)
-            note.unlink(missing_ok=True)
-            answer = _moved(controller, tokens, f"key-{at}")
-            if answer is not None:
-                with contextlib.suppress(httpx.TransportError):
-                    controller.ended(answer.json()["event_id"])
-            if not note.exists():
-                assert answer is not None
-                break
-            died_after.append((at, note.read_text()))
-            assert controller.process is not None
-            controller.process.wait(20)
-            controller.start(env={"KVMOVE_DIE_AT": "0", "KVMOVE_DIE_AFTER": str(note)})
-            found.known("a", "b")
-            event = _after(controller, tokens, at, answer)
-            states[event["state"]] = states.get(event["state"], 0) + 1
-            here = {name: workers.use(name, tokens) for name in ("a", "b")}
-            assert max(here.values()) == 200, (at, died_after[-1], here, event)
-            if event["state"] == "failed":
-                assert here["a"] == 200, (at, died_after[-1], here, event)
-            else:
-                assert here["b"] == 200, (at, died_after[-1], here, event)
-            eventually(lambda: not workers.pending(), 20, f"{workers.pending()} after {died_after[-1]}")
-            there = {name: count for name, count in here.items() if count}
-            eventually(lambda tokens=tokens, there=there: controller.held(tokens) == there, 20)  # type: ignore[misc]
-        kinds = [kind for _, kind in died_after]
-        assert kinds[0] == "Begin"
-        for kind in ("Pin", "Fetch", "Answer", "Decide", "Release", "Outcome"):
-            assert kind in kinds, kinds
-        assert set(states) == {"done", "failed"}, states
-    finally:
-        found.close()
-
-
-async def _epochs(workers: Workers) -> bool:
-    services = [service for ranks in workers.ranks.values() for service in ranks]
-    return all(service.machine.epoch for service in services)  # type: ignore[attr-defined]
-
-
-def _moved(controller: Controller, tokens: List[int], key: str) -> httpx.Response | None:
-    """None: it died before it answered."""
-    try:
-        answer = controller.move("a", "b", tokens, idempotency_key=key)
-    except httpx.TransportError:
-        return None
-    assert answer.status_code == 200, answer.text
-    return answer
-
-
-def _after(controller: Controller, tokens: List[int], at: int, answer: httpx.Response | None) -> Dict[str, object]:
-    """The event as the next life knows it, which must agree with what was answered before."""
-    events = controller.http.get("/events").json()["events"]
-    (name,) = [event["event_id"] for event in events if event.get("idempotency_key") == f"key-{at}"]
-    if answer is not None:
-        assert answer.json() == {"num_tokens": 200, "event_id": name}
-    event = controller.ended(name)
-    again = controller.move("a", "b", tokens, idempotency_key=f"key-{at}")
-    if event["state"] == "done" or answer is not None:
-        assert (again.status_code, again.json()) == (200, {"num_tokens": 200, "event_id": name})
-    elif again.status_code != 200:  # 200: the answer was fixed, and journaled, but its bearer died
-        assert (again.status_code, again.json()["reason"]) == (409, "controller_restarted")
-    return event

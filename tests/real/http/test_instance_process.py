@@ -137,8 +137,8 @@ def test_with_keys_everything_moves_and_who_has_none_is_not_heard(tmp_path: Path
         assert known == ["a", "b"]
 
 
-def up(tmp_path: Path, start: object) -> tuple[Command, int, int]:
-    (tmp_path / "t.yaml").write_text(TOPOLOGY)
+def up(tmp_path: Path, start: object, text: str = "") -> tuple[Command, int, int]:
+    (tmp_path / "t.yaml").write_text(text or TOPOLOGY)
     port, a = free_ports(2)
     argv = ["up", "t.yaml", "--port", str(port), "--instance-port", "0", "--pull-port", "0", "--reply-port", "0"]
     one: Command = start("up", [*argv, "--transport", "tcp"])  # type: ignore[operator]
@@ -195,6 +195,30 @@ async def library_moves_it_on(url: str, prompt: list[int]) -> None:
         assert num_tokens == 100 and one.wait(event_id)["state"] == "done"
         assert one.event(event_id)["ranks"][1]["deleted"] == 7
         assert [event["event_id"] for event in one.events(limit=1)] == [event_id]
+
+
+def test_up_of_a_scenario_whose_sources_push(tmp_path: Path) -> None:
+    with commands(tmp_path) as start:
+        text = TOPOLOGY.replace("kv: {", "kv: {direction: push, ", 1)
+        assert text != TOPOLOGY
+        one, port, _ = up(tmp_path, start, text)
+        lines = one.text().splitlines()
+        serving = sorted(line for line in lines if line.startswith(("a: http://", "b: http://")))
+        a, b = (int(line.split("localhost:")[1].split(",")[0]) for line in serving)
+        prompt = list(range(100))
+        complete(a, prompt)
+        places = {"old_position": ["a", "LocalCPUBackend"], "new_position": ["b", "LocalCPUBackend"]}
+        moved: dict[str, object] = {}
+        until(lambda: moved.update(_post(port, places, prompt)) or moved["num_tokens"], lambda: str(moved))
+        event = httpx.get(f"http://localhost:{port}/events/{moved['event_id']}/wait", timeout=60).json()
+        assert (event["state"], event["num_tokens"], event["bytes"] > 0) == ("done", 100, True)
+        assert complete(b, prompt) == 100
+        assert one.stop(signal.SIGINT) == 0
+
+
+def _post(port: int, places: dict[str, list[str]], tokens: list[int]) -> dict[str, object]:
+    answer: dict[str, object] = httpx.post(f"http://localhost:{port}/move", json={**places, "tokens": tokens}).json()
+    return answer
 
 
 def sorted_names(lines: list[str]) -> list[str]:

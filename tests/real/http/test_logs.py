@@ -241,3 +241,14 @@ def _spans_of_a_move(folder: Path, wanted: str) -> Tuple[List[Dict[str, Any]], s
         one.close()
     lines = [json.loads(line) for line in (folder / "controller.err").read_text().splitlines()]
     return [line for line in lines if "context" in line], event
+
+
+def test_a_start_time_is_logged_as_people_read_it(caplog: pytest.LogCaptureFixture) -> None:
+    """As the machine notes it: whose the name is, since when in nanoseconds, and who wants it."""
+    detail = "a rank 0 at h:2: duplicate_id, have h:1, since 1795529131000000000 ns, got h:2"
+    note = m.Note("register_refused", 0, detail)
+    with caplog.at_level(logging.INFO, "kvmove.events"):
+        logs.StepLog("ctl").step(0, m.Boot(), [note])
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert "since 2026-11-24 14:05:31 UTC" in line
+    assert "1795529131" not in line

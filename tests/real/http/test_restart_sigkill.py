@@ -103,7 +103,7 @@ def moved(lives: Lives, tokens: list[int], key: str, copy: bool) -> httpx.Respon
 @pytest.mark.parametrize(
     "copy, flush", [(False, True), (False, False), (True, True)], ids=["move", "move, last message lost", "copy"]
 )
-def test_every_answer_stays_true(tmp_path: Path, mother: Mother, copy: bool, flush: bool) -> None:
+def test_prior_art_06_every_answer_stays_true(tmp_path: Path, mother: Mother, copy: bool, flush: bool) -> None:
     lives = Lives(tmp_path, mother)
     found = Cluster(lives, Workers(f"127.0.0.1:{lives.pull}"))
     states: Counter[str] = Counter()
@@ -170,6 +170,8 @@ def after(
 def held(found: Cluster, tokens: list[int], event: dict[str, Any] | None, copy: bool) -> None:
     """Every byte is where the answer says; reading compares them all."""
     here = {name: found.workers.use(name, tokens) for name in ("a", "b")}
+    there = {name: count for name, count in here.items() if count}
+    eventually(lambda: found.controller.held(tokens) == there, 20, f"the controller sees {there}")
     if event is None or event["state"] == "failed":
         assert here["a"] == 200, (here, event)
         return
