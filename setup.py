@@ -25,13 +25,14 @@ def extensions() -> list[Extension]:
     return list(mypycify(sorted(str(path) for path in modules if path.name not in INTERPRETED), opt_level="3"))
 
 
-SCENARIOS = ["kvmove.scenarios"] if Path("scenarios").is_dir() else []
+#: An installed `kvmove demo` finds them beside itself.
+DATA = {f"kvmove.{name}": name for name in ("scenarios", "profiles") if Path(name).is_dir()}
 
 setup(
-    packages=[*find_packages(include=["kvcore*", "kvsim*", "kvreal*", "kvmove*"]), *SCENARIOS],
-    package_dir=dict.fromkeys(SCENARIOS, "scenarios"),  # an installed `kvmove demo` finds them beside itself
+    packages=[*find_packages(include=["kvcore*", "kvsim*", "kvreal*", "kvmove*"]), *DATA],
+    package_dir=DATA,
     package_data={
-        **dict.fromkeys(SCENARIOS, ["**/*.yaml"]),
+        **dict.fromkeys(DATA, ["**/*.yaml"]),
         "kvreal.http.page": ["*.html", "*.css", "*.js"],
         "kvmove.bench": ["*.yaml"],
         "kvmove.reports": ["*.jinja", "*.css"],

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 SCENARIOS: Final = ("smoke/move.yaml", "smoke/prompt-4k.yaml")
+PROFILE: Final = "two-core-cpu.yaml"
+OWN_PROFILE: Final = "profiles/this-machine.yaml"
 
 INTRO: Final = """\
 A serving instance keeps the KV cache of the prompts it has seen, cut into chunks. [bold]move[/bold] takes a prompt's \
@@ -45,16 +47,28 @@ NEXT: Final = (
 
 def scenarios_directory() -> Path:
     """Beside the packages in a source tree, inside kvmove where it is installed."""
+    return _beside("scenarios", SCENARIOS[0])
+
+
+def profile_path() -> Path:
+    """What the demo predicts by: what calibration wrote here, else a machine of the kind that it is mostly seen on."""
+    own = Path(OWN_PROFILE)
+    return own if own.is_file() else _beside("profiles", PROFILE) / PROFILE
+
+
+def _beside(folder: str, file: str) -> Path:
+    """A directory that we bring along, known by a file in it."""
     package = Path(__file__).resolve().parent
-    for place in (package.parent / "scenarios", package / "scenarios"):
-        if (place / SCENARIOS[0]).is_file():
+    for place in (package.parent / folder, package / folder):
+        if (place / file).is_file():
             return place
-    raise UserError(f"the demo's scenarios are missing: expected {package.parent / 'scenarios' / SCENARIOS[0]}")
+    raise UserError(f"the demo's {folder} are missing: expected {package.parent / folder / file}")
 
 
 def demo(screen: Console, progress: Callable[[str], AbstractContextManager[None]]) -> int:
     """Play SCENARIOS and explain; the exit status. A real world that cannot run here is said and skipped."""
     place = _short(scenarios_directory())
+    profile = _short(profile_path())
     screen.print("[bold]One protocol, two worlds[/bold]\n")
     screen.print(INTRO + "\n")
     try:
@@ -65,7 +79,7 @@ def demo(screen: Console, progress: Callable[[str], AbstractContextManager[None]
     status = GOOD
     with player, tempfile.TemporaryDirectory(prefix="kvmove-") as logs:
         for number, name in enumerate(SCENARIOS, 1):
-            prepared = prepare(str(place / name))
+            prepared = prepare(str(place / name), [f"network.profile={profile}"])
             screen.rule(f"[bold]{number} of {len(SCENARIOS)}: {prepared.path}[/bold]", align="left", style="dim")
             screen.print(_about(prepared.scenario.about or prepared.scenario.name), markup=False)
             played = player.play(prepared, Path(logs) / Path(name).stem)
@@ -101,6 +115,8 @@ def _tell(screen: Console, played: Played) -> None:
     if played.comparison is not None and played.comparison.time:
         screen.print()
         screen.print(_times(played.comparison))
+        profile = played.built.network.profile
+        screen.print(f"\npredicted by {profile}; `kvmove calibrate` measures this machine", markup=False)
     if not played.good:
         for world in played.results:
             for line in report.verdicts(played, world):

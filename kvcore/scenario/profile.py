@@ -164,12 +164,13 @@ class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
         return list(dict.fromkeys(cost.transport for cost in self.copies))
 
     def cost(self, transport: str, source: str, target: str, inside: bool = False) -> Optional[CopyCost]:
-        """The entry for such copies; ``auto``: the first that there is. None: nobody has measured it."""
-        for cost in self.copies:
-            if (cost.source, cost.target, cost.inside) == (source, target, inside):
-                if transport in (AUTO, cost.transport):
-                    return cost
-        return None
+        """The entry for such copies; ``auto``: the first that there is, and so for a transport that does nothing of its
+        own within a process. None: nobody has measured it."""
+        alike = [cost for cost in self.copies if (cost.source, cost.target, cost.inside) == (source, target, inside)]
+        for cost in alike:
+            if transport in (AUTO, cost.transport):
+                return cost
+        return alike[0] if alike and inside else None
 
     def rate(self, transport: str, source: str, target: str, nbytes: int, chunks: int = 1) -> float:
         """Bytes a second of such a copy, all told; 0.0: nobody has measured it. ``auto`` may choose by it."""

@@ -80,9 +80,10 @@ def calibrate(
         accuracy = check(fitted.profile, preferred, QUICK_REPEATS if quick else REPEATS, step)
     count = sum(len(one.moves) for one in measuring.samples)
     known = [f"{what} {here.versions[what]}" for what in VERSIONS if what in here.versions]
+    kernel = here.system.partition("-")[0]  # a build's own suffix tells others nothing
     facts = [
         f"{today}: {about}; {', '.join(one.name for one in here.gpus) or 'no GPU'}",
-        f"{plural(here.numa_nodes, 'NUMA node')}, {size(here.memory_bytes)} of memory, {here.system}",
+        f"{plural(here.numa_nodes, 'NUMA node')}, {size(here.memory_bytes)} of memory, {kernel}",
         f"{', '.join(known)}; {count:,} moves{' (--quick)' if quick else ''}",
     ]
     facts += [f"not measured: {transport}: {why}" for transport, why in measuring.lacking.items()]

@@ -46,13 +46,15 @@ class Move(msgspec.Struct, frozen=True):
 
 
 class Accuracy(msgspec.Struct, frozen=True):
-    """``median_error`` and ``worst_error``: of the moves' absolute errors; 0.1 is 10%."""
+    """``median_error`` and ``worst_error``: of the moves' absolute errors; 0.1 is 10%. ``left_out``: moves that were
+    done in simulation, but not each time for real."""
 
     transport: str
     repeats: int
     moves: tuple[Move, ...]
     median_error: float
     worst_error: float
+    left_out: tuple[str, ...] = ()
 
 
 def check(profile: Profile, transport: str, repeats: int, step: Callable[[str], None]) -> Accuracy:
@@ -79,13 +81,16 @@ def check(profile: Profile, transport: str, repeats: int, step: Callable[[str], 
                     real[name].append(result)
     carried = list(dict.fromkeys(result.transport for found in real.values() for result in found if result.transport))
     moves: list[Move] = []
+    left_out: list[str] = []
     for name, one in prepared.items():
         simulated = simulate(one.built, profile=profile, transport=transport, check=False)
-        moves += _moves(name, simulated, real[name])
+        found = _moves(name, simulated, real[name])
+        moves += found
+        asked = [one.op for one in simulated.operations if one.what == "move" and one.state == "done"]
+        left_out += [f"{name} {op}" for op in asked if op not in [move.op for move in found]]
     errors = [abs(move.error) for move in moves]
-    return Accuracy(
-        " ".join(carried), repeats, tuple(moves), median(errors) if errors else 0.0, max(errors, default=0.0)
-    )
+    middle = median(errors) if errors else 0.0
+    return Accuracy(" ".join(carried), repeats, tuple(moves), middle, max(errors, default=0.0), tuple(left_out))
 
 
 def _play(one: Prepared, pool: Pool) -> Result:

@@ -61,7 +61,8 @@ def calibrate(
     * `kvmove calibrate --quick --transport nixl --out nixl.yaml`
     * `kvmove calibrate --against profiles/two-core-cpu.yaml`
 
-    Exit status: 0 written or checked, 2 bad input or nothing that can be measured here, 130 Ctrl-C.
+    Exit status: 0 written and checked, 1 a move of the check was not done, 2 bad input or nothing that can be measured
+    here, 130 Ctrl-C.
     """
     target = Path(out)
     if against is None:
@@ -110,7 +111,7 @@ def calibrate(
             print(data.decode())
         else:
             _write(Path(json_out), data.decode() + "\n")
-    if accuracy is not None and not accuracy.moves:
+    if accuracy is not None and (accuracy.left_out or not accuracy.moves):
         raise typer.Exit(FAILED)
 
 
@@ -128,6 +129,8 @@ def _show(screen: Console, accuracy: Accuracy) -> None:
                 ends = (output.duration(phase.predicted_ns), output.duration(phase.measured_ns), "")
                 table.add_row("", name, *ends, output.percent(phase.error))
     screen.print(table)
+    for name in accuracy.left_out:
+        screen.print(f"left out: {name}: it was not done each time", markup=False)
     screen.print(
         f"\nover {accuracy.transport}, middle one of {accuracy.repeats} runs each: median error"
         f" [bold]{accuracy.median_error:.0%}[/bold] of a move's duration, worst {accuracy.worst_error:.0%}"

@@ -22,6 +22,7 @@ def test_the_demo_tells_what_happened(capsys: pytest.CaptureFixture[str]) -> Non
     assert out.count("equal effects each time") == out.count("answers and final placement: equal") == len(SCENARIOS)
     assert all(phase in out for phase in ("control", "queue", "copy", "commit", "predicted", "measured", "error"))
     assert all(what in out for _, what in NEXT)
+    assert "predicted by " in out and "kvmove calibrate" in out
     assert "\x1b" not in out
 
 

@@ -45,6 +45,7 @@ def test_auto_takes_the_first_that_there_is() -> None:
     assert profile.cost("auto", "cpu", "cpu") == SLOW and profile.cost("fast", "cpu", "cpu") == FAST
     assert profile.cost("auto", "cpu", "disk") is None and profile.cost("auto", "cpu", "disk", True) == within
     assert profile.cost("other", "cpu", "cpu") is None
+    assert profile.cost("fast", "cpu", "disk", True) == within, "within a process no transport is needed"
 
 
 def test_a_rate_counts_everything() -> None:
