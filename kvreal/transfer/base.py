@@ -20,6 +20,8 @@ import uuid
 from collections import deque
 from typing import Callable, Deque, Dict, List, Optional, Sequence, Tuple, Union
 
+import msgspec
+
 from kvcore.protocol.messages import Rid
 from kvcore.scenario.topology import kind_of
 from kvreal.memory import Bytes, Memory, copy_bytes
@@ -307,22 +309,26 @@ class Transfer:
         if job.copy.effect.read:
             self._soil(carrier, job.copy.effect.location, job.copy.effect.slots)
         try:
-            link = self._open(job, endpoint, carrier)
+            links: List[Link] = []
             try:
-                transport = carrier.carry(job, link)
+                self._open(job, endpoint, carrier, links)
+                transport = carrier.carry(job, links[0])
                 job.woken_by(None)
                 job.check()  # its line may have been hung up on at the last moment
-                link.line.end()
+                for link in links:
+                    link.line.end()
             except BaseException:
                 job.woken_by(None)
-                link.line.close()
+                for link in links:
+                    link.line.close()
                 raise
         except Exception:
             if not job.aborted.is_set():
                 carrier.forget(endpoint.process)  # a connection that failed once is not tried again
                 self.lines.forget(endpoint.process)
             raise
-        self.lines.give(link.line)
+        for link in links:
+            self.lines.give(link.line)
         return transport
 
     def _choose(self, job: Job, endpoint: Endpoint) -> Carrier:
@@ -339,10 +345,10 @@ class Transfer:
             f"{effect.peer} ({have})"
         )
 
-    def _open(self, job: Job, endpoint: Endpoint, carrier: Carrier) -> Link:
-        """A window at the peer for this copy."""
+    def _open(self, job: Job, endpoint: Endpoint, carrier: Carrier, links: List[Link]) -> None:
+        """The windows at the peer for this copy, into ``links``: one a stream, each on a line of its own."""
         effect = job.copy.effect
-        hello = Hello(
+        first = Hello(
             self.token,
             "read" if effect.read else "write",
             self.address,
@@ -353,10 +359,22 @@ class Transfer:
             tuple((theirs, size) for _, theirs, size in job.spans),
             carrier.layout(endpoint),
             carrier.name,
+            keys=effect.keys[: len(job.spans)] if kind_of(effect.peer_location) == "disk" else (),
         )
-        return self._ask(endpoint, carrier, hello, job)
+        parts = 1
 
-    def _ask(self, endpoint: Endpoint, carrier: Carrier, hello: Hello, job: Optional[Job]) -> Link:
+        def hello(line: Line) -> Hello:
+            nonlocal parts
+            parts = parts if links else carrier.streams(job, line.unix)
+            return first if parts == 1 else msgspec.structs.replace(first, part=len(links), parts=parts)
+
+        while len(links) < parts:
+            links.append(self._ask(endpoint, carrier, hello, job))
+        links[0].others = links[1:]
+
+    def _ask(
+        self, endpoint: Endpoint, carrier: Carrier, hello: Callable[[Line], Hello], job: Optional[Job]
+    ) -> Link:
         """Over a line that is there, or else over a new one. Whoever stops the copy meanwhile hangs up on it."""
         line = self.lines.take(endpoint.process)
         if line is not None and line.unix and not carrier.unix:
@@ -368,7 +386,7 @@ class Transfer:
             try:
                 if job is not None:
                     job.woken_by(_hanger(line))
-                link = Link(line, line.open(hello, self.windows.secret))
+                link = Link(line, line.open(hello(line), self.windows.secret))
                 if job is not None:
                     job.woken_by(None)
                 return link
@@ -405,7 +423,7 @@ class Transfer:
     def _shake_hands(self, address: str, endpoint: Endpoint, carrier: Carrier) -> None:
         layout = carrier.layout(endpoint)
         hello = Hello(self.token, "greet", self.address, 0, address, 0, "", (), layout, carrier.name)
-        link = self._ask(endpoint, carrier, hello, None)
+        link = self._ask(endpoint, carrier, lambda _: hello, None)
         try:
             carrier.introduce(endpoint, link)
             link.line.end()

@@ -6,7 +6,7 @@ To add one, write a class like those beside this file and name it under the entr
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Optional, Tuple
+from typing import TYPE_CHECKING, List, Optional, Tuple
 
 from kvreal.memory import Memory
 from kvreal.transfer.job import Job
@@ -25,6 +25,8 @@ class Link:
     def __init__(self, line: Line, grant: Grant) -> None:
         self.line: Line = line
         self.grant: Grant = grant
+        self.others: List[Link] = []
+        """The other windows of the same copy, where ``streams`` asks for several."""
 
 
 class Carrier:
@@ -55,6 +57,10 @@ class Carrier:
     def layout(self, endpoint: Endpoint) -> int:
         """Which layout of the peer's memory is known, for its ``info`` to leave out what is."""
         return -1
+
+    def streams(self, job: Job, unix: bool) -> int:
+        """How many windows, each on a line of its own, a copy is to have; ``unix``: whether they are Unix sockets."""
+        return 1
 
     def carry(self, job: Job, link: Link) -> str:
         """Move ``job.spans``; returns what carried them. Raises Stopped, TransferError or OSError, and then nothing

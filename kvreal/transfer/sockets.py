@@ -1,28 +1,38 @@
 """Plain sockets, TCP or Unix: the window's own line carries the bytes, straight out of one slab and into the other.
 
 Nothing one-sided about it: the target's thread receives every byte, so a window that is shut is shut at once. Memory
-that the kernel cannot reach (a GPU's, a file's) is staged, a slot at a time.
+that the kernel cannot reach (a GPU's, a disk's) is staged, a slot at a time.
+
+A large copy over TCP has several streams, each a window of its own: one core carries less of TCP than memory does. Its
+bytes are dealt in stripes, the first to the first stream and so on, so that both ends know which is whose.
 """
 
 from __future__ import annotations
 
 import contextlib
+import queue
 import socket
+import threading
 from typing import Callable, Final, Iterator, List, Optional, Sequence, Tuple
 
 import numpy as np
 
+from kvcore.scenario.topology import kind_of
 from kvreal.memory import Bytes, Memory
 from kvreal.transfer.carrier import Carrier, Link
 from kvreal.transfer.flow import BATCH_BYTES
 from kvreal.transfer.frames import TransferError
-from kvreal.transfer.job import Job
+from kvreal.transfer.job import Job, Stopped
 from kvreal.transfer.window import Window, hang_up
 
 ACK: Final = b"\x06"
 PIECE_BYTES: Final = 4 << 20
+"""One view of a batch, and one stripe of a copy that has several streams."""
 VECTORS: Final = 512
 """Views given to the kernel in one call (IOV_MAX is 1024)."""
+STREAMS: Final = 2
+STREAMS_FROM_BYTES: Final = 32 << 20
+"""Less is over before a second stream is worth its window."""
 
 
 class SocketCarrier(Carrier):
@@ -31,68 +41,82 @@ class SocketCarrier(Carrier):
     def reaches(self, card: str, mine: str, theirs: str) -> bool:
         return True
 
+    def streams(self, job: Job, unix: bool) -> int:
+        effect = job.copy.effect
+        staged = {kind_of(effect.location), kind_of(effect.peer_location)} != {"cpu"}
+        return 1 if unix or staged or job.nbytes < STREAMS_FROM_BYTES else STREAMS
+
     def carry(self, job: Job, link: Link) -> str:
-        sock = link.line.sock
+        socks = [one.line.sock for one in (link, *link.others)]
         # A reader may just hang up: what it has not received never lands. A writer must hear that its target has put
         # the last byte away, so it only ends its half and waits for the target to hang up.
-        job.woken_by((lambda: hang_up(sock, close=False)) if job.copy.effect.read else (lambda: _end_half(sock)))
+        read = job.copy.effect.read
+
+        def stop() -> None:
+            for sock in socks:
+                if read:
+                    hang_up(sock, close=False)
+                else:
+                    _end_half(sock)
+
+        job.woken_by(stop)
         job.began()
+        streams = Streams(socks, receive_into if read else _sent, stop)
         try:
-            if job.copy.effect.read:
-                self._receive(job, sock)
-            else:
-                self._send(job, sock)
-        except OSError:
-            job.check()
+            self._move(job, streams)
+            if not read:
+                self._settle(job, socks)
+        except Stopped:
+            if not read:
+                stop()
+                for sock in socks:
+                    _answer(sock)
             raise
+        finally:
+            streams.end()
         return "unix" if link.line.unix else "tcp"
 
-    def _receive(self, job: Job, sock: socket.socket) -> None:
+    def _move(self, job: Job, streams: Streams) -> None:
         effect = job.copy.effect
+        read = effect.read
         spans = [(slot, size) for slot, _, size in job.spans]
-        for batch in batches(self.memory, effect.location, spans, self.flow.batch(job), fill=False):
+        spoil = job.copy.fate.corrupt and not read
+        for batch in batches(self.memory, effect.location, spans, self.flow.batch(job), fill=not read):
             self.flow.turn(job, batch.nbytes)
             try:
-                whole = receive_into(sock, batch.views)
+                whole = streams.carry(_spoilt(batch.views) if spoil else batch.views)
             finally:
                 self.flow.done()
-            if not whole:
-                job.check()
-                raise TransferError(f"{effect.peer} hung up after {job.moved} bytes")
-            batch.store()
-            job.moved += batch.nbytes
-
-    def _send(self, job: Job, sock: socket.socket) -> None:
-        effect = job.copy.effect
-        spans = [(slot, size) for slot, _, size in job.spans]
-        spoil = job.copy.fate.corrupt
-        try:
-            for batch in batches(self.memory, effect.location, spans, self.flow.batch(job)):
-                self.flow.turn(job, batch.nbytes)
-                try:
-                    send_all(sock, _spoilt(batch.views) if spoil else batch.views)
-                finally:
-                    self.flow.done()
+            if whole:
+                batch.store()
                 spoil = False
                 job.moved += batch.nbytes
-        except OSError:
-            pass  # the answer, or its absence, says what it was
-        answer = sock.recv(1)
-        if answer != ACK:
+            elif read:
+                job.check()
+                raise TransferError(f"{effect.peer} hung up after {job.moved} bytes")
+            else:
+                return  # its answer, or its absence, says what it was
+
+    def _settle(self, job: Job, socks: Sequence[socket.socket]) -> None:
+        """Wait until the target has put everything away, or has hung up and so puts nothing away any more."""
+        if [_answer(sock) for sock in socks] != [ACK] * len(socks):
             job.check()
-            raise TransferError(f"{effect.peer} did not take the bytes")
+            raise TransferError(f"{job.copy.effect.peer} did not take the bytes")
 
     # ---- the side whose memory is touched
     def serve(self, window: Window) -> bool:
         hello = window.hello
-        if hello.kind == "read":
-            for batch in batches(self.memory, hello.location, hello.spans, BATCH_BYTES):
-                send_all(window.sock, batch.views)
-        elif hello.kind == "write":
-            for batch in batches(self.memory, hello.location, hello.spans, BATCH_BYTES, fill=False):
-                if window.revoked or not receive_into(window.sock, batch.views):
-                    return False
+        position = 0
+        for batch in batches(self.memory, hello.location, hello.spans, BATCH_BYTES, fill=hello.kind == "read"):
+            views = dealt(batch.views, position, hello.parts)[hello.part]
+            position += batch.nbytes
+            if hello.kind == "read":
+                send_all(window.sock, views)
+            elif window.revoked or not receive_into(window.sock, views):
+                return False
+            else:
                 batch.store()
+        if hello.kind == "write":
             if window.revoked:
                 return False
             window.sock.sendall(ACK)
@@ -100,6 +124,69 @@ class SocketCarrier(Carrier):
 
     def revoke(self, window: Window) -> None:
         hang_up(window.sock, close=False)
+
+
+Move = Callable[[socket.socket, Sequence[Bytes]], bool]
+
+
+class Streams:
+    """The sockets of one copy, at its mover: the first is this thread's, each other has a thread of its own."""
+
+    def __init__(self, socks: Sequence[socket.socket], move: Move, stop: Callable[[], None]) -> None:
+        """``move``: all of some views over one of them; False, or OSError, if it cannot be. ``stop``: so that the
+        others do not wait for what will not come."""
+        self.socks: Sequence[socket.socket] = socks
+        self.move: Move = move
+        self.stop: Callable[[], None] = stop
+        self.position: int = 0
+        self.inboxes: List[queue.SimpleQueue[Optional[List[Bytes]]]] = []
+        self.moved: queue.SimpleQueue[bool] = queue.SimpleQueue()
+        for sock in socks[1:]:
+            inbox: queue.SimpleQueue[Optional[List[Bytes]]] = queue.SimpleQueue()
+            self.inboxes.append(inbox)
+            threading.Thread(target=self._work, args=(sock, inbox), name="stream", daemon=True).start()
+
+    def carry(self, views: Sequence[Bytes]) -> bool:
+        """The next bytes of the copy, over all of them at once. False: a connection is gone."""
+        hands = dealt(views, self.position, len(self.socks))
+        self.position += sum(len(view) for view in views)
+        for inbox, hand in zip(self.inboxes, hands[1:]):
+            inbox.put(hand)
+        whole = self._one(self.socks[0], hands[0])
+        return all([whole, *(self.moved.get() for _ in self.inboxes)])
+
+    def _one(self, sock: socket.socket, hand: Sequence[Bytes]) -> bool:
+        try:
+            whole = self.move(sock, hand)
+        except OSError:
+            whole = False
+        if not whole:
+            self.stop()
+        return whole
+
+    def _work(self, sock: socket.socket, inbox: queue.SimpleQueue[Optional[List[Bytes]]]) -> None:
+        while (hand := inbox.get()) is not None:
+            self.moved.put(self._one(sock, hand))
+
+    def end(self) -> None:
+        for inbox in self.inboxes:
+            inbox.put(None)
+
+
+def dealt(views: Sequence[Bytes], position: int, parts: int) -> List[List[Bytes]]:
+    """Which of the views each of ``parts`` streams carries; they begin at byte ``position`` of their copy."""
+    if parts == 1:
+        return [list(views)]
+    hands: List[List[Bytes]] = [[] for _ in range(parts)]
+    for view in views:
+        start = 0
+        while start < len(view):
+            at = position + start
+            size = min(len(view) - start, PIECE_BYTES - at % PIECE_BYTES)
+            hands[at // PIECE_BYTES % parts].append(view[start : start + size])
+            start += size
+        position += len(view)
+    return hands
 
 
 class Batch:
@@ -160,6 +247,11 @@ def send_all(sock: socket.socket, views: Sequence[Bytes]) -> None:
             left[0] = left[0][sent:]
 
 
+def _sent(sock: socket.socket, views: Sequence[Bytes]) -> bool:
+    send_all(sock, views)
+    return True
+
+
 def receive_into(sock: socket.socket, views: Sequence[Bytes]) -> bool:
     """Fill the views, scattered by the kernel; False if the peer hung up first."""
     left = [view.data for view in views]
@@ -182,6 +274,14 @@ def _spoilt(views: Sequence[Bytes]) -> List[Bytes]:
     found[middle] = found[middle].copy()
     found[middle][len(found[middle]) // 2] ^= 0xFF
     return found
+
+
+def _answer(sock: socket.socket) -> bytes:
+    """One byte; none if the connection is gone."""
+    try:
+        return sock.recv(1)
+    except OSError:
+        return b""
 
 
 def _end_half(sock: socket.socket) -> None:

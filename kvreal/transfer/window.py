@@ -47,7 +47,9 @@ class AddressTaken(TransferError):
 
 class Hello(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """``kind``: read, write or greet (a first contact that moves nothing). ``spans``: (slot, bytes) of the target's
-    memory. ``by``: the transport that carries them. ``layout``: what the asker knows of where that memory lies."""
+    memory. ``by``: the transport that carries them. ``layout``: what the asker knows of where that memory lies.
+    ``part`` of ``parts``: which of a copy's windows it is, if it has several. ``keys``: the chunks', where the memory
+    is a disk."""
 
     token: str
     kind: str
@@ -59,6 +61,9 @@ class Hello(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     spans: Tuple[Tuple[int, int], ...] = ()
     layout: int = -1
     by: str = ""
+    part: int = 0
+    parts: int = 1
+    keys: Tuple[bytes, ...] = ()
 
 
 class Info(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
