@@ -274,7 +274,12 @@ class Server:
         answer = await self._ask(UseRequest("", self.location, keys, lens))
         loaded = answer.num_tokens if answer.state == "ok" else 0
         prompt.held = min(loaded, len(prompt.tokens) - 1)
-        out, logits = await asyncio.to_thread(self.engine.run, prompt, max_tokens)
+        running = asyncio.ensure_future(asyncio.to_thread(self.engine.run, prompt, max_tokens))
+        try:
+            out, logits = await asyncio.shield(running)
+        except asyncio.CancelledError:
+            await asyncio.wait([running])  # a thread cannot be stopped, and the prompt's blocks are its own till then
+            raise
         why = answer.reason if answer.state != "ok" else ""
         stored: Optional[Answer] = None
         if store:

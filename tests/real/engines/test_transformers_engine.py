@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import random
+import threading
 from pathlib import Path
 from typing import Any, Iterator, List, Tuple
 
@@ -17,6 +19,7 @@ from kvreal.engines.transformers import EngineFull, Server, TransformersEngine
 from kvreal.instance_file import read
 from kvreal.layout.shape import LayoutError
 from tests.real.engines.models import CHUNK, CPU, VOCABULARY, Pair, deepseek, llama, uncut
+from tests.real.http.cluster import eventually
 
 pytestmark = pytest.mark.real
 AHEAD = 12
@@ -154,6 +157,32 @@ def test_too_long_for_the_blocks_is_refused_and_costs_none(pair: Pair) -> None:
     with pytest.raises(EngineFull, match="blocks are needed, 64 are free"):
         pair.serve("a", words("long", BLOCKS * 8), 1)
     assert pair.serve("a", words("long", 3), 1).stored == 3
+
+
+async def turns(count: int) -> None:
+    for _ in range(count):
+        await asyncio.sleep(0)
+
+
+def test_a_client_that_leaves_frees_no_block_that_is_still_written(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    server = pair.servers["a"]
+    began, go_on = threading.Event(), threading.Event()
+    real = server.engine.run
+
+    def slowly(*args: Any) -> Any:
+        began.set()
+        assert go_on.wait(20)
+        return real(*args)
+
+    monkeypatch.setattr(server.engine, "run", slowly)
+    before = len(server.engine.free)
+    waiting = asyncio.run_coroutine_threadsafe(server.serve(words("left", 20), 1), pair.loop)
+    assert began.wait(20)
+    waiting.cancel()
+    pair.run(turns(10))  # the loop has seen that it was cancelled
+    assert len(server.engine.free) < before and server.turn.locked()
+    go_on.set()
+    eventually(lambda: len(server.engine.free) == before and not server.engine.there, 20, "all is free again")
 
 
 def test_what_does_not_fit_the_slots_is_served_and_said(tmp_path: Path) -> None:
