@@ -9,6 +9,8 @@ KiB from every kind of location to every other, and compare the bytes.
 from __future__ import annotations
 
 import importlib.util
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from typing import Callable, Dict, Final, List, Tuple
@@ -18,9 +20,10 @@ import msgspec
 from kvcore.protocol.machine import CopyDone, Received, Send, StartCopy
 from kvcore.protocol.messages import Fetch, Push, Rid
 from kvcore.scenario.history import Line, read
-from kvreal.facts import PACKAGES, Machine, machine
+from kvreal.facts import PACKAGES, Machine, child_environment, machine
 
 TRY_TIMEOUT_S: Final = 20.0
+PROCESS_TIMEOUT_S: Final = 60.0
 KINDS: Final[Dict[str, str]] = {"cpu": "LocalCPUBackend", "disk": "LocalDiskBackend", "gpu": "LocalGPUBackend"}
 #: What real nodes cannot do without: module, distribution.
 NEEDS: Final[Dict[str, str]] = {"zmq": "pyzmq", "numpy": "numpy"}
@@ -80,7 +83,7 @@ def _try_all(saying: Said) -> Tuple[Tried, ...]:
     try:
         from kvreal import transfer
 
-        names = [name for name in transfer.NAMES if name != "auto"]
+        names = [name for name in transfer.names() if name != "auto"]
     except Exception as error:
         return (Tried("all", False, why=f"the transports cannot be loaded: {_line(error)}"),)
     found: List[Tried] = []
@@ -96,6 +99,22 @@ def _try_all(saying: Said) -> Tuple[Tried, ...]:
 
 
 def try_transport(name: str) -> Tried:
+    """In a process of its own: whatever a transport's libraries do there, and print, ends with it."""
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "kvreal.doctor", name], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+            timeout=PROCESS_TIMEOUT_S, env=child_environment(), check=False,
+        )  # fmt: skip
+        return msgspec.json.decode(done.stdout, type=Tried)
+    except subprocess.TimeoutExpired:
+        return Tried(name, False, why=f"it did not end within {PROCESS_TIMEOUT_S:.0f} s")
+    except msgspec.MsgspecError:
+        return Tried(name, False, why=f"its process ended with status {done.returncode}")
+    except OSError as error:
+        return Tried(name, False, why=f"no process could be started for it: {error.strerror}")
+
+
+def tried_here(name: str) -> Tried:
     """A few KiB between every two kinds of location that are here, from one process to another and within one."""
     try:
         from kvcore.scenario.build import build
@@ -219,3 +238,7 @@ def _command_in(why: str) -> str:
 
 def _line(error: BaseException) -> str:
     return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
+if __name__ == "__main__":
+    sys.stdout.buffer.write(msgspec.json.encode(tried_here(sys.argv[1])))

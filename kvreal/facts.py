@@ -176,16 +176,21 @@ def _statvfs(path: str) -> Tuple[int, int]:
 
 
 # ---- asked in a child
+def child_environment() -> Dict[str, str]:
+    """In which a child finds this source tree, wherever it is."""
+    root = str(Path(__file__).resolve().parents[1])
+    path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH", "")])])
+    return {**os.environ, "PYTHONPATH": path}
+
+
 def _probed() -> Probed:
     """The child reads this process's memory (as siblings read each other's), and loads what may take it down."""
     proof = ctypes.create_string_buffer(b"kvmove", 8)
     command = [sys.executable, "-m", "kvreal.facts", str(os.getpid()), str(ctypes.addressof(proof))]
-    root = str(Path(__file__).resolve().parents[1])
-    path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH", "")])])
     try:
         done = subprocess.run(
             command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, timeout=PROBE_TIMEOUT_S,
-            env={**os.environ, "PYTHONPATH": path}, check=False,
+            env=child_environment(), check=False,
         )  # fmt: skip
     except subprocess.TimeoutExpired:
         return Probed(notes=(f"the libraries did not answer within {PROBE_TIMEOUT_S:.0f} s",))

@@ -5,7 +5,9 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import subprocess
 import sys
+from typing import Any
 
 import msgspec
 import pytest
@@ -53,7 +55,7 @@ def test_every_transport_is_tried_between_all_kinds_of_location(capsys: pytest.C
     report = json.loads(out)
     assert report["works"] is True
     tried = {one["transport"]: one for one in report["transports"]}
-    assert sorted(tried) == sorted(name for name in transfer.NAMES if name != "auto")
+    assert sorted(tried) == sorted(name for name in transfer.names() if name != "auto")
     for name in transfer.available():
         assert tried[name]["works"], tried[name]
         assert {"cpu to cpu", "cpu to disk", "disk to cpu"} <= set(tried[name]["pairs"]), name
@@ -113,7 +115,28 @@ def test_a_transport_whose_processes_fail_says_why(monkeypatch: pytest.MonkeyPat
         raise RuntimeError("first line\nsecond line")
 
     monkeypatch.setattr("kvreal.run.run", fails)
-    assert doctor.try_transport("any") == doctor.Tried("any", False, why="first line")
+    assert doctor.tried_here("any") == doctor.Tried("any", False, why="first line")
+
+
+@pytest.mark.parametrize(
+    ("program", "why"),
+    [
+        ("import os; os.abort()", "its process ended with status -6"),
+        ("raise SystemExit(3)", "its process ended with status 3"),
+        ("import time; time.sleep(60)", "it did not end within 1 s"),
+    ],
+)
+def test_a_transport_that_takes_its_process_down_or_hangs_says_so(
+    program: str, why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = subprocess.run
+
+    def instead(command: list[str], **more: Any) -> subprocess.CompletedProcess[bytes]:
+        return real([sys.executable, "-c", program], **more)
+
+    monkeypatch.setattr(doctor, "PROCESS_TIMEOUT_S", 1.0)
+    monkeypatch.setattr("kvreal.doctor.subprocess.run", instead)
+    assert doctor.try_transport("any") == doctor.Tried("any", False, why=why)
 
 
 def test_what_is_missing_has_its_command() -> None:
