@@ -54,12 +54,13 @@ class Missing(msgspec.Struct, frozen=True):
 
 
 class Report(msgspec.Struct, frozen=True):
-    """``kinds``: of locations -> works, or why not."""
+    """``kinds``: of locations -> works, or why not. ``auto``: what it takes, the first that both ends have."""
 
     machine: Machine
     transports: Tuple[Tried, ...]
     kinds: Dict[str, str]
     missing: Tuple[Missing, ...]
+    auto: Tuple[str, ...] = ()
 
     @property
     def works(self) -> bool:
@@ -72,7 +73,16 @@ def examine(saying: Said = lambda text: None) -> Report:
     saying("asking the machine")
     here = machine()
     tried = _try_all(saying)
-    return Report(here, tried, _kinds(here, tried), tuple(missing(here, tried)))
+    return Report(here, tried, _kinds(here, tried), tuple(missing(here, tried)), _auto())
+
+
+def _auto() -> Tuple[str, ...]:
+    try:
+        from kvreal.transfer import resolve
+
+        return tuple(resolve("auto"))
+    except Exception:  # then nothing could be tried either, and that is said
+        return ()
 
 
 # ---- trying ---------------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ write.py a file, and accuracy.py holds the profile against scenarios that had no
 from __future__ import annotations
 
 import datetime
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Final
@@ -25,31 +26,41 @@ __all__ = ["AUTO", "Accuracy", "Calibrated", "calibrate", "check", "foreign", "t
 
 QUICK_REPEATS: Final = 3
 REPEATS: Final = 7
+BUSY: Final = 0.5
+"""Processes a core that ran before, from which on it is said."""
 VERSIONS: Final = ("python", "pyzmq", "nixl", "torch")
 
 
 class Calibrated(msgspec.Struct, frozen=True):
-    """``text``: the file. ``lacking``: transport -> why it was not measured."""
+    """``text``: the file. ``lacking``: transport -> why it was not measured. ``busy``: how many processes ran or wanted
+    to before it began, where that was too many for the figures to be this machine's own; else 0."""
 
     fitted: Fitted
     text: str
     accuracy: Accuracy | None
     lacking: dict[str, str]
+    busy: float = 0.0
 
 
 def transports(asked: Sequence[str]) -> list[str]:
-    """Those that are asked for, else all that are here. UserError for one that is unknown or not here."""
+    """Those that are asked for, else all that are here, what ``auto`` takes first. UserError for one that is unknown or
+    not here."""
     from kvmove.output import choice
     from kvreal import transfer
 
-    known = [name for name in transfer.NAMES if name != AUTO]
+    known = [name for name in transfer.names() if name != AUTO]
     for name in asked:
         choice("--transport", name, known)
+    found = []
+    for name in asked or [*transfer.available(), *known]:
         try:
             transfer.resolve(name)
         except transfer.TransferError as error:
-            raise UserError(f"--transport {name}: {error}") from None
-    return list(dict.fromkeys(asked)) or transfer.available()
+            if asked:
+                raise UserError(f"--transport {name}: {error}") from None
+        else:
+            found.append(name)
+    return list(dict.fromkeys(found))
 
 
 def calibrate(
@@ -62,6 +73,7 @@ def calibrate(
     from kvreal.memory import provides
 
     chosen = transports(asked)
+    busy = os.getloadavg()[0]
     step("asking this machine")
     here = machine()
     measuring = Measuring(chosen, budget(seconds, quick, here.memory_free_bytes, provides(), len(chosen)), step)
@@ -84,10 +96,11 @@ def calibrate(
     facts = [
         f"{today}: {about}; {', '.join(one.name for one in here.gpus) or 'no GPU'}",
         f"{plural(here.numa_nodes, 'NUMA node')}, {size(here.memory_bytes)} of memory, {kernel}",
-        f"{', '.join(known)}; {count:,} moves{' (--quick)' if quick else ''}",
+        f"{', '.join(known)}; {count:,} moves{' (--quick)' if quick else ''}; load before it {busy:.1f}",
     ]
     facts += [f"not measured: {transport}: {why}" for transport, why in measuring.lacking.items()]
-    return Calibrated(fitted, text(fitted, facts, accuracy), accuracy, measuring.lacking)
+    busy = busy if busy > BUSY * here.cores else 0.0
+    return Calibrated(fitted, text(fitted, facts, accuracy), accuracy, measuring.lacking, busy)
 
 
 def foreign(paths: Iterable[str]) -> Iterator[str]:

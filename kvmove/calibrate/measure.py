@@ -32,7 +32,7 @@ ROUNDS: Final = 2
 #: Moves that tell what copying takes of the processors: this many, and none but the first.
 LONG: Final = 17
 #: What the largest size may take of free memory, divided by transports: it is there twice, and so are the others.
-SHARE: Final = 4
+SHARE: Final = 8
 
 Step = Callable[[str], None]
 

@@ -29,7 +29,7 @@ def calibrate(
     quick: Annotated[bool, typer.Option("--quick", help="Once through, fewer sizes: about 20 s.")] = False,
     seconds: Annotated[
         float, typer.Option("--seconds", help="Measure again and again for about so long.", min=1.0, max=3600.0)
-    ] = 30.0,
+    ] = 40.0,
     transport: Annotated[
         list[str] | None, typer.Option("--transport", help="Only this one. Repeatable.", metavar="NAME")
     ] = None,
@@ -102,6 +102,9 @@ def calibrate(
         _write(target, found.text)
         for name, why in found.lacking.items():
             screen.print(f"not measured: {name}: {why}", markup=False, soft_wrap=True)
+        if found.busy:
+            line = f"kvmove: this machine was busy (load {found.busy:.1f}): the profile is that of a busy machine"
+            output.console(to_stderr=True).print(line, markup=False, soft_wrap=True)
         screen.print(f"wrote {target}: {output.plural(len(profile.copies), 'kind')} of copies", markup=False)
     if accuracy is not None:
         _show(screen, accuracy)

@@ -63,6 +63,8 @@ def _show(screen: Console, report: Report) -> None:
         for number, (text, detail) in enumerate(_tried(report, one.transport)):
             first = ("", "") if number else (f"transport {one.transport}", _verdict(one.works))
             table.add_row(*first, escape(text), escape(detail))
+    if report.auto:
+        table.add_row("transport auto", "takes", ", else ".join(report.auto), "for each copy, what both ends have")
     for kind, found in report.kinds.items():
         works = found == "works"
         table.add_row(f"{kind} memory", _verdict(works), "" if works else escape(found))

@@ -125,7 +125,7 @@ def test_a_spread_is_the_middle_and_where_the_middle_half_lies() -> None:
 def test_little_memory_leaves_the_largest_sizes_out() -> None:
     sizes = {ask.nbytes for ask in plan.sizes(40 * plan.MIB, False, 1).asks.values()}
     assert max(sizes) == 32 * plan.MIB and min(sizes) == 32 * plan.KIB
-    assert budget(1.0, False, 4 << 30, (), 2).largest == 512 * plan.MIB
+    assert budget(1.0, False, 8 << 30, (), 2).largest == 512 * plan.MIB
     assert budget(1.0, False, 0, (), 2).largest == plan.SIZES[0], "something is always measured"
     assert ("cpu", "gpu", False) in budget(1.0, True, 0, ("disk", "gpu"), 1).kinds
 
