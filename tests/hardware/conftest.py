@@ -25,6 +25,8 @@ pytest.importorskip("numpy", reason="the real world is not installed: pip instal
 from kvreal.pool import Pool
 from tests.hardware.found import Asked, asked, way
 
+pytest.register_assert_rewrite("kvreal.transfer.conformance", "tests.hardware.plays")
+
 ROW = "hardware"
 HERE = Path(__file__).parent
 COLUMNS = ("transport", "from", "to", "direction", "layout", "ranks", "carried by", "MiB", "GB/s", "bytes checked")
@@ -76,6 +78,7 @@ REPORTS: pytest.StashKey[list[pytest.TestReport]] = pytest.StashKey()
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[REPORTS] = []
+    _asked(config)  # what makes no sense is told before anything is tried
     out = config.getoption("--hardware-json", None)
     if out and not Path(out).absolute().parent.is_dir():
         raise pytest.UsageError(f"--hardware-json {out}: there is no directory {Path(out).parent}")

@@ -158,7 +158,7 @@ def asked(config: pytest.Config, quick: bool) -> Asked:
     ranks = tuple(_whole("--ranks", word) for word in _words(config, "--ranks")) or (RANKS if not quick else RANKS[:2])
     sizes = tuple(_size(word) for word in _words(config, "--sizes")) or (QUICK_SIZES if quick else SIZES)
     seconds = config.getoption("--load-seconds", None)
-    load_s = float(seconds) if seconds is not None else 2.0 if quick else 30.0
+    load_s = _seconds(str(seconds)) if seconds is not None else 2.0 if quick else 30.0
     peer, token = (str(config.getoption(name, None) or "") for name in ("--peer", "--peer-token"))
     return Asked(transports, devices, sizes, ranks, quick, load_s, peer, token)
 
@@ -177,6 +177,16 @@ def _whole(option: str, word: str) -> int:
     if not word.isdigit() or not 1 <= int(word) <= 64:
         raise pytest.UsageError(f"{option} {word}: expected whole numbers from 1 to 64")
     return int(word)
+
+
+def _seconds(word: str) -> float:
+    try:
+        seconds = float(word)
+    except ValueError:
+        seconds = -1.0
+    if not 0 < seconds < float("inf"):
+        raise pytest.UsageError(f"--load-seconds {word}: expected a number of seconds")
+    return seconds
 
 
 def _size(word: str) -> Size:
