@@ -47,6 +47,7 @@ class Transfer:
         "owner",
         "path",
         "peer",
+        "queue_ns",
         "start_ns",
     )
 
@@ -59,6 +60,7 @@ class Transfer:
         self.start_ns: int = start_ns
         self.path: Path = NOWHERE
         self.cost: Optional[CopyCost] = None  # where the profile has measured such copies
+        self.queue_ns: int = 0  # what it takes until its first byte, of which cost knows
         self.fate: Optional[CopyFate] = None
         self.fid: int = 0  # 0: no bytes are moving
         self.crossed: float = 0.0  # the fraction of the bytes that earlier flows of this copy have carried
@@ -93,6 +95,7 @@ class Transfers:
         self.count: int = 0
         self.bytes: int = 0
         self.watching: bool = False
+        self.met: Dict[Tuple[str, int, str, int], None] = {}  # processes that have had a copy with another
 
     # ---- effects ----------------------------------------------------------------------------------------------------
     def start(self, owner: Node, effect: StartCopy, at_ns: int) -> None:
@@ -131,6 +134,12 @@ class Transfers:
         _, source, _, target = transfer.crosses()
         cost = transfer.cost = copying.cost(source, target, transfer.owner is transfer.peer)
         host = self.cluster.network.host
+        if cost is not None:
+            transfer.queue_ns = cost.queue_ns
+            ends = (transfer.owner.name, transfer.owner.life, transfer.peer.name, transfer.peer.life)
+            if ends not in self.met:
+                self.met[ends] = None
+                transfer.queue_ns += cost.first_ns
         if cost is not None and host is not None:
             links, latency_ns, _ = transfer.path
             own = copying.links(cost, transfer.owner.name)
@@ -141,7 +150,8 @@ class Transfers:
         """What it takes besides its bytes' time."""
         count = len(transfer.effect.slots)
         if transfer.cost is not None:
-            return transfer.path[1] + transfer.cost.overhead_ns(count)
+            more_ns = transfer.queue_ns - transfer.cost.queue_ns
+            return transfer.path[1] + transfer.cost.overhead_ns(count) + more_ns
         return transfer.path[1] + self.cluster.profile.transfer_overhead_ns(count)
 
     def _refusal(self, transfer: Transfer) -> str:
@@ -252,7 +262,7 @@ class Transfers:
         if cluster.queued is not None:
             solo_ns = self._overhead_ns(transfer) + ceil(transfer.nbytes / transfer.solo_rate())
             waited_ns = max(0, cluster.loop.now_ns - transfer.start_ns - solo_ns)
-            cluster.queued(effect.rid, waited_ns + (transfer.cost.queue_ns if transfer.cost is not None else 0))
+            cluster.queued(effect.rid, waited_ns + transfer.queue_ns)
         transfer.owner.on_arrival(CopyDone(effect.rid, True), None)
 
     def _fail(self, transfer: Transfer, why: str) -> None:

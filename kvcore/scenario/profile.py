@@ -49,7 +49,8 @@ class CopyCost(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
 
         queue_ns + copy_ns + n * descriptor_ns + b / rate(b)
 
-    ``queue_ns`` is over before its first byte. ``rates``: (bytes, bytes a second), rising sizes; in between, *times*
+    ``queue_ns`` is over before its first byte; it is longer by ``first_ns`` when a process has its first copy with
+    another. ``rates``: (bytes, bytes a second), rising sizes; in between, *times*
     are interpolated. ``process_bytes_per_s``: all copies together that one process carries out; ``host_bytes_per_s``:
     all by this transport on one host; 0: each is as fast as alone. ``cpu_s_per_gb``: of all processes, for the reader.
     """
@@ -59,6 +60,7 @@ class CopyCost(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     target: str = field(name="to", default="cpu")
     inside: bool = False
     queue_ns: int = 0
+    first_ns: int = 0
     copy_ns: int = 0
     descriptor_ns: int = 0
     rates: Tuple[Tuple[int, float], ...]
@@ -67,7 +69,7 @@ class CopyCost(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     cpu_s_per_gb: float = 0.0
 
     def overhead_ns(self, chunks: int) -> int:
-        """What a copy takes besides its bytes, its queueing included."""
+        """What a copy, not the first, takes besides its bytes, its queueing included."""
         return self.queue_ns + self.copy_ns + chunks * self.descriptor_ns
 
     def bytes_ns(self, nbytes: int) -> float:
@@ -89,7 +91,7 @@ class CopyCost(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
         for name, kind in (("from", self.source), ("to", self.target)):
             if kind not in KINDS:
                 yield f"{where}{name} is {kind}, expected one of {', '.join(KINDS)}"
-        for name in ("queue_ns", "copy_ns", "descriptor_ns"):
+        for name in ("queue_ns", "first_ns", "copy_ns", "descriptor_ns"):
             if not 0 <= getattr(self, name) < 1 << 62:
                 yield f"{where}{name} is {getattr(self, name)}, expected nanoseconds, 0 or more"
         for name in ("process_bytes_per_s", "host_bytes_per_s", "cpu_s_per_gb"):

@@ -16,7 +16,7 @@ from msgspec.structs import replace
 
 from kvcore.scenario.profile import AUTO, CopyCost, Made, Profile
 from kvmove.calibrate.plan import Ask, Part
-from kvmove.calibrate.samples import Kind, Samples, Spread, Timed, spread
+from kvmove.calibrate.samples import Kind, Samples, Spread, Timed, spread, timed
 
 CPU: Final[Kind] = ("cpu", "cpu", False)
 TRIAL_NS: Final = 100_000
@@ -119,12 +119,7 @@ def _solve(
 def _simulated(profile: Profile, part: Part, transport: str) -> list[Timed]:
     from kvsim.run import run
 
-    phases = run(part.built, profile=profile, transport=transport, check=False).phases
-    return [
-        Timed(part.asks[one.op], one.control_ns, one.queue_ns, one.copy_ns, one.commit_ns)
-        for one in phases
-        if one.op in part.asks
-    ]
+    return timed(part, run(part.built, profile=profile, transport=transport, check=False))
 
 
 def _middle(moves: Iterable[Timed], wanted: Callable[[Ask], bool], phase: Callable[[Timed], float]) -> float:
@@ -158,6 +153,7 @@ def _engine(profile: Profile, samples: Sequence[Samples], spreads: dict[str, Spr
 def _copies(profile: Profile, samples: Samples, parts: dict[str, Part], spreads: dict[str, Spread]) -> list[CopyCost]:
     """One entry a kind of pair; what chunks cost, and what copies share, is measured between CPU memories."""
     found: list[CopyCost] = []
+    first_ns = _first_ns(samples, spreads)
     descriptor_ns = _descriptor_ns(profile, samples, parts, spreads)
     for kind in samples.kinds():
         sizes = samples.of("sizes" if kind == CPU else "kinds", kind)
@@ -165,9 +161,26 @@ def _copies(profile: Profile, samples: Samples, parts: dict[str, Part], spreads:
             continue
         cost = _curve(profile, samples, kind, sizes, descriptor_ns, spreads)
         if not cost.inside:
-            cost = _shared(cost, samples, spreads)
+            cost = _shared(replace(cost, first_ns=first_ns), samples, spreads)
         found.append(cost)
     return found
+
+
+def _first_ns(samples: Samples, spreads: dict[str, Spread]) -> int:
+    """How much longer the first small copy between two processes takes than those that come after it."""
+    later = samples.of("sizes")
+    if not later:
+        return 0
+    smallest = min(later)
+    firsts = [
+        _bytes_phase(one)
+        for one in samples.moves
+        if one.first and one.ask.what == "sizes" and (one.ask.nbytes, one.ask.chunks) == smallest
+    ]
+    if not firsts:
+        return 0
+    spreads[f"{samples.transport} first_ns"] = spread(firsts)
+    return _ns(median(firsts) - median(map(_bytes_phase, later[smallest])))
 
 
 def _descriptor_ns(profile: Profile, samples: Samples, parts: dict[str, Part], spreads: dict[str, Spread]) -> int:

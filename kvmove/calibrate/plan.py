@@ -43,6 +43,8 @@ class Ask(msgspec.Struct, frozen=True):
     inside: bool
     nbytes: int
     chunks: int
+    ends: str = ""
+    """From which instance to which."""
     group: int = 0
     """Moves of one group are under way at once."""
 
@@ -89,7 +91,9 @@ class Writer:
         name = f"m-{len(self.asks)}"
         chunks = -(-nbytes // (self.chunk_tokens * self.token_bytes))
         inside = source[0] == target[0]
-        self.asks[name] = Ask(self.name, source[1], target[1], inside, nbytes // self.ranks, chunks, group)
+        self.asks[name] = Ask(
+            self.name, source[1], target[1], inside, nbytes // self.ranks, chunks, f"{source[0]}-{target[0]}", group
+        )
         places = [f"{instance}/{LOCATION[kind]}" for instance, kind in (source, target)]
         also = ", background: true" if group else ""
         self.steps.append(f"move: {{from: {places[0]}, to: {places[1]}, prompt: {prompt}, as: {name}{also}}}")

@@ -41,13 +41,14 @@ def spread(values: Iterable[float]) -> Spread:
 
 
 class Timed(msgspec.Struct, frozen=True):
-    """One move as it went, in ns; ``carried``: what the transport says carried it."""
+    """One move as it went, in ns. ``first``: the first that there was between these two."""
 
     ask: Ask
     control_ns: int
     queue_ns: int
     copy_ns: int
     commit_ns: int
+    first: bool = False
 
 
 class Samples:
@@ -71,10 +72,7 @@ class Samples:
         if part.name == "burst":
             self.gaps += _gaps(lines)
             return
-        for phases in result.phases:
-            ask = part.asks.get(phases.op)
-            if ask is not None:
-                self.moves.append(Timed(ask, phases.control_ns, phases.queue_ns, phases.copy_ns, phases.commit_ns))
+        self.moves += timed(part, result)
         self._contended(part, result)
         if part.name == "sizes":
             _tasks(part, lines, self.fills, self.reads)
@@ -96,17 +94,30 @@ class Samples:
 
     # ---- asked by the fit
     def of(self, what: str, kind: Kind = ("cpu", "cpu", False)) -> dict[tuple[int, int], list[Timed]]:
-        """The moves of a part that were alone, by (bytes, chunks)."""
+        """The moves of a part that were alone and not the first, by (bytes, chunks)."""
         found: dict[tuple[int, int], list[Timed]] = defaultdict(list)
         for one in self.moves:
             ask = one.ask
-            if ask.what == what and not ask.group and (ask.source, ask.target, ask.inside) == kind:
+            if ask.what == what and not ask.group and not one.first and (ask.source, ask.target, ask.inside) == kind:
                 found[(ask.nbytes, ask.chunks)].append(one)
         return dict(sorted(found.items()))
 
     def kinds(self) -> list[Kind]:
         asks = [one.ask for one in self.moves if one.ask.what in ("sizes", "kinds")]
         return list(dict.fromkeys((ask.source, ask.target, ask.inside) for ask in asks))
+
+
+def timed(part: Part, result: Result) -> list[Timed]:
+    """A part's moves, in the order in which they ended."""
+    found: list[Timed] = []
+    met: set[str] = set()
+    for one in result.phases:
+        ask = part.asks.get(one.op)
+        if ask is not None:
+            first = not ask.inside and ask.ends not in met
+            met.add(ask.ends)
+            found.append(Timed(ask, one.control_ns, one.queue_ns, one.copy_ns, one.commit_ns, first))
+    return found
 
 
 def _gaps(lines: list[Line]) -> list[float]:

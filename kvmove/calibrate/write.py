@@ -37,6 +37,7 @@ INSIDE: Final = {
 }
 COPY: Final = {
     "queue_ns": "asked for, until its first byte",
+    "first_ns": "as much more for the first between two processes",
     "copy_ns": "fixed, from its first byte on",
     "descriptor_ns": "each chunk",
     "process_bytes_per_s": "all that one process carries out at once",

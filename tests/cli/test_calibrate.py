@@ -34,6 +34,7 @@ TRUTH = Profile(
         CopyCost(
             transport="quick",
             queue_ns=300_000,
+            first_ns=120_000,
             copy_ns=200_000,
             descriptor_ns=2_500,
             rates=((plan.MIB, 2e10), (32 * plan.MIB, 1.5e10), (512 * plan.MIB, 1e10)),
@@ -69,6 +70,7 @@ def test_the_fit_finds_a_machine_s_numbers_again_from_times_alone() -> None:
         assert getattr(found, name) == pytest.approx(getattr(TRUTH, name), rel=0.05), name
     (cost,), (true,) = found.copies, TRUTH.copies
     assert cost.queue_ns == pytest.approx(true.queue_ns, rel=0.02)
+    assert cost.first_ns == pytest.approx(true.first_ns, rel=0.02)
     assert cost.descriptor_ns == pytest.approx(true.descriptor_ns, rel=0.1)
     for size in (64 * plan.KIB, plan.MIB, 20 * plan.MIB, 300 * plan.MIB):
         ours, theirs = (one.overhead_ns(1) + one.bytes_ns(size) for one in (cost, true))

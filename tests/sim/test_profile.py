@@ -111,6 +111,18 @@ def test_a_copy_costs_what_was_measured() -> None:
     assert waited == [((1, 1), 300)], "what it waited before its first byte is queueing"
 
 
+def test_the_first_copy_of_a_process_with_another_takes_longer() -> None:
+    cost = CopyCost(transport="t", queue_ns=200, first_ns=5_000, rates=((1, 1e9),))
+    stage = on_one_host(msgspec.structs.replace(PROFILE, copies=(cost,)), "abc")
+    took = []
+    for number, (owner, peer) in enumerate([("b/0", "a/0"), ("b/0", "a/0"), ("b/0", "c/0"), ("a/0", "b/0")], 1):
+        start = stage.loop.now_ns
+        stage.do(owner, copy(peer, (0,), (0,), rid=(1, number)))
+        stage.loop.advance(start + 100_000)
+        took.append(stage.puppet(owner).seen[-1][0] - start - 100 - 1_000)
+    assert took == [5_200, 200, 5_200, 5_200]
+
+
 def test_the_transport_that_is_asked_for_counts() -> None:
     text = "name: t\nkv: {bytes_per_token: 4 KiB, chunk: 64 tokens}\ninstances:\n"
     text += "  a: {locations: {LocalCPUBackend: 8 MiB}}\n  b: {locations: {LocalCPUBackend: 8 MiB}}\nsteps:\n"
