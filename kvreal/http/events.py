@@ -236,6 +236,18 @@ class EventLog:
         if parent is not None and parent.frozen is None:
             parent.totals.add(view)
 
+    def note(self, now: int, view: EventView) -> None:
+        """An event that the journal knows nothing of, and that has ended: its id was answered, so it is known here
+        until it is forgotten like others, or this process ends."""
+        record = Record(event_number(view.event_id), view.kind, now, True)
+        record.outcome = m.Outcome(record.number, view.state, view.reason if isinstance(view.reason, str) else "")
+        record.enter(view.state, now)
+        record.ended_ns = now
+        record.frozen = brief(view)
+        record.whole = zlib.compress(msgspec.json.encode(view), 1)
+        self.records.setdefault(record.number, record)
+        self._prune(now)
+
     def _prune(self, now: int) -> None:
         """Ended events beyond the count, or older than the age. Ended ones are in the order of their ends."""
         self.begun += 1

@@ -7,6 +7,7 @@ import time
 from typing import Any, Dict, Final, List, Optional, Sequence, Tuple, Union
 
 import msgspec
+from msgspec import UNSET
 
 from kvcore.protocol import machine as m
 from kvcore.protocol.chunks import chunk_keys
@@ -232,6 +233,8 @@ class Face:
             return self._unknown(name)
         if len(numbers) == 1 and self.log.records[numbers[0]].kind == "pin":
             return await self.unpin(b.EventBody(event_id=name))
+        if len(numbers) == 1 and (record := self.log.records[numbers[0]]).kind == "clear":
+            return of_cancel(Answer("", record.state, 0, numbers[0]))
         replies = [of_cancel(await self.service.ask(CancelRequest("", number))) for number in numbers]
         return max(replies, key=lambda reply: reply.status)
 
@@ -278,6 +281,7 @@ class Face:
     def _pinned(self, answer: Answer, position: Position, lease: bool) -> Reply:
         name = event_name(answer.event)
         if answer.reason == "nothing_held":
+            self._note("pin", answer, position, 0)
             empty: Any = b.LeaseReply(0, name, 0.0) if lease else b.MoveReply(0, name)
             return Reply(200, empty, {REASON_HEADER: "nothing_held"})
         if answer.state != "ok":
@@ -326,9 +330,23 @@ class Face:
         view = self.machine.registry.ranks[(body.instance_id, 0)].views[body.location]
         tokens = sum(entry.num_tokens for entry in view.entries.values())
         answer = await self.service.ask(ClearRequest("", position))
+        self._note("clear", answer, position, tokens)
         if answer.state != "ok":
             return self._refused(answer.reason, answer.detail, position, event=answer.event)
         return Reply(200, b.MoveReply(tokens, event_name(answer.event)))
+
+    def _note(self, kind: str, answer: Answer, position: Position, tokens: int) -> None:
+        """Of what is not journaled too the event's id, which is answered, is known afterwards."""
+        if not answer.event:
+            return
+        good = answer.state == "ok"
+        now = self.service.node.now()
+        view = b.EventView(
+            event_id=event_name(answer.event), kind=kind, state="done" if good else "failed",
+            num_tokens=tokens if good else 0, reason=answer.reason or UNSET, detail=answer.detail or UNSET,
+            old_position=list(position), ended=now / 1e9,
+        )  # fmt: skip
+        self.log.note(now, view)
 
     def ready(self) -> Reply:
         """Once the journal is replayed; whoever can ask is proof that it listens."""

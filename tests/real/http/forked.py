@@ -27,6 +27,8 @@ class Dying(Service):
         super().__init__(*args, **more)
         self.begun = 0
         self.met = 0
+        #: a machine that is busy with other things sends some of it again, which moves no death elsewhere
+        self.seen: set[tuple[str, str, str]] = set()
         for kind, carry in list(self.node.effects.items()):
             self.node.effects[kind] = self.counted(carry)
 
@@ -39,7 +41,10 @@ class Dying(Service):
 
     def counted(self, carry: Callable[[Any], None]) -> Callable[[Any], None]:
         def counted(effect: m.Effect) -> None:
-            if self.mine(effect):
+            what = _what(effect)
+            once = (type(what).__name__, getattr(effect, "dst", ""), getattr(what, "state", ""))
+            if self.mine(effect) and once not in self.seen:
+                self.seen.add(once)
                 self.met += 1
                 if self.met == self.die_before:
                     print(f"dies before {type(_what(effect)).__name__}", flush=True)

@@ -93,6 +93,23 @@ def test_a_key_that_is_used_for_something_else_is_told_what_differs(shared: Clus
         assert first.json()["event_id"] in other.json()["detail"]
 
 
+def test_every_event_id_that_was_answered_is_known(shared: Cluster) -> None:
+    """Of a clear, and of a pin of nothing, too."""
+    controller = shared.controller
+    shared.stored("d", range(5000, 5064))
+    place = {"instance_id": "d", "location": CPU}
+    cleared = controller.post("/clear", **place).json()
+    event = controller.event(cleared["event_id"])
+    assert (event["kind"], event["state"], event["num_tokens"]) == ("clear", "done", cleared["num_tokens"])
+    assert event["num_tokens"] >= 64
+    pinned = controller.post("/pin", **place, tokens=[1, 2, 3])
+    assert pinned.headers["kvmove-reason"] == "nothing_held"
+    event = controller.event(pinned.json()["event_id"])
+    assert (event["kind"], event["state"], event["reason"], event["num_tokens"]) == ("pin", "failed", "nothing_held", 0)
+    assert controller.post("/check_finish", event_id=cleared["event_id"]).json() == {"status": "done", "reason": ""}
+    assert controller.http.delete(f"/events/{cleared['event_id']}").status_code == 409
+
+
 def test_a_drain_of_two_locations_begins_whole_or_not_at_all(tmp_path: Path) -> None:
     """One event may be in flight, and there are two locations: refused, and nothing has begun."""
     found = cluster(tmp_path, "--events-max", "1")
