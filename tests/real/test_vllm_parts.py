@@ -298,16 +298,22 @@ def test_a_stopped_rank_keeps_nobody_waiting(harness: Callable[..., Harness]) ->
     until(lambda: one.matched(one.request(tokens)) == 15)
 
 
-def test_a_killed_rank_is_a_miss(harness: Callable[..., Harness]) -> None:
-    one = harness()
+def test_a_killed_rank_is_a_miss_until_it_is_there_again(harness: Callable[..., Harness]) -> None:
+    two = harness(ranks=2)
     tokens = list(range(16))
-    one.serve(tokens, [1, 2, 3, 4])
-    one.workers[0].child.process.kill()
-    one.workers[0].child.process.wait()
-    request = one.request(tokens)
-    assert one.matched(request) == 0
-    one.step(request, [1, 2, 3, 4], 0, 0)  # nothing is stored, nothing is raised
-    assert one.scheduler.down
+    two.serve(tokens, [1, 2, 3, 4])
+    first, other = two.workers[0].child.process, two.workers[1].child.process
+    first.kill()
+    first.wait()
+    request = two.request(tokens)
+    assert two.matched(request) == 0
+    two.step(request, [1, 2, 3, 4], 0, 0)  # nothing is raised
+    until(lambda: two.workers[0].child.process is not first)
+    until(lambda: two.matched(two.request([99, 98])) == 0 and two.scheduler.lost and len(two.scheduler.links) == 2)
+    assert other.poll() is None  # the other one has seen nothing of it
+    two.serve(tokens, [1, 2, 3, 4])
+    assert two.serve(tokens, [11, 12, 13, 14]) == 15
+    assert all(same(two.block(rank, 11), two.block(rank, 1)) for rank in (0, 1))
 
 
 @pytest.mark.parametrize("who", ["scheduler", "server", "worker"])
@@ -320,8 +326,10 @@ def test_a_rank_ends_with_each_process_of_its_engine(harness: Callable[..., Harn
         child.sock.close()
     else:
         server = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+        first, one.scheduler = one.scheduler, Scheduler(BLOCK, "sync")
         one.scheduler.connect([one.workers[0].address], BLOCK_BYTES, server.pid)
         assert one.matched(one.request([1, 2, 3])) == 0
+        assert first.links
         server.kill()
         server.wait()
     child.process.wait(10)
@@ -332,7 +340,7 @@ def test_an_instance_file_that_does_not_fit(tmp_path: Path) -> None:
     keys = "enable_controller: true, lmcache_instance_id: a, controller_pull_url: 'localhost:1'"
     path.write_text(f"{{chunk_size: 10, {keys}}}")
     with pytest.raises(StartError, match=r"chunk_size.*found 10, expected a multiple of the engine's block of 4"):
-        Child(str(path), SPACE, 0)
+        Child(str(path), SPACE, 0, "kvmove-test-none")
 
 
 # ---- what keys are made of

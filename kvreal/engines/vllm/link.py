@@ -94,9 +94,8 @@ class Watch(Frame, frozen=True):
 
 # ---- rank -> engine
 class Ready(Frame, frozen=True):
-    """The rank listens at ``address`` (abstract); the descriptors of its slabs come along."""
+    """The rank listens; the descriptors of its slabs come along."""
 
-    address: str
     places: Tuple[Shared, ...]
     transport: str
 
@@ -181,7 +180,7 @@ class Link:
         self.heard: Deque[Any] = deque()
         self.sock: socket.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         try:
-            self.sock.settimeout(5.0)
+            self.sock.settimeout(0.2)
             self.sock.connect("\0" + address)
         except OSError as error:
             self.sock.close()

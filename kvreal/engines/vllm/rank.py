@@ -16,7 +16,6 @@ import signal
 import socket
 import struct
 import sys
-import uuid
 from typing import Any, Final, List, Optional, Sequence, Set
 
 import msgspec
@@ -48,6 +47,7 @@ from kvreal.transfer import proof
 log = logging.getLogger("kvmove.engine")
 
 GOOD: Final = 0
+"""Its engine has gone: whoever is left of it need not start another."""
 FAILED: Final = 1
 
 
@@ -73,6 +73,7 @@ class Client(asyncio.Protocol):
                 self.rank.answer(frame, self)
         except Exception as error:  # the engine takes no answer for a miss
             log.warning("a connection ends: %s: %s", type(error).__name__, error)
+            self.scheduler = False
             self.transport.close()
 
     def connection_lost(self, exc: Optional[Exception]) -> None:
@@ -84,8 +85,9 @@ class Client(asyncio.Protocol):
 
 
 class Rank:
-    def __init__(self, file: InstanceFile, rank: int, sink: int, worker: socket.socket) -> None:
+    def __init__(self, file: InstanceFile, rank: int, address: str, sink: int, worker: socket.socket) -> None:
         self.file: InstanceFile = file
+        self.address: str = address
         self.rank: int = rank
         self.worker: socket.socket = worker
         self.local: Local = Local(file, rank, sink, self._said, keys_of(file), Elsewhere, shared=True)
@@ -107,11 +109,10 @@ class Rank:
         """Until the engine has gone, or the machine cannot go on."""
         loop = asyncio.get_running_loop()
         await self.local.start()
-        address = f"kvmove-{os.getpid()}-{uuid.uuid4().hex[:12]}"
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        sock.bind("\0" + address)
+        sock.bind("\0" + self.address)
         server = await loop.create_unix_server(lambda: Client(self), sock=sock)
-        self._ready(address)
+        self._ready()
         self.worker.setblocking(False)
         loop.add_reader(self.worker.fileno(), self._worker_readable)
         failed = self.local.service.failed
@@ -123,14 +124,14 @@ class Rank:
         await self.local.stop()
         return FAILED if failed.done() else GOOD
 
-    def _ready(self, address: str) -> None:
+    def _ready(self) -> None:
         memory = self.local.service.worker.memory
         slabs = memory.slabs()
         places: List[Shared] = []
         for name, (slab, start) in memory.homes.items():
             place = memory.places[name]
             places.append(Shared(name, slabs.index(slab), start, place.slots, place.slot_bytes))
-        ready = Ready(address, tuple(places), self.local.service.worker.transfer.name)
+        ready = Ready(tuple(places), self.local.service.worker.transfer.name)
         socket.send_fds(self.worker, [pack(ready)], [slab.fd for slab in slabs])
 
     def _worker_readable(self) -> None:
@@ -170,6 +171,7 @@ class Rank:
         client.say(await self.desk.filled(frame))
 
     def gone(self, client: Client) -> None:
+        """What it held is let go. One that this side has hung up on may come again."""
         self.desk.gone(client)
         if client.scheduler:
             self._ended("vLLM's scheduler has gone")
@@ -195,13 +197,14 @@ class Rank:
 
 async def _serve(args: argparse.Namespace, sink: int, worker: socket.socket) -> int:
     space = msgspec.json.decode(args.space, type=Namespace)
-    return await Rank(read(args.config, space=space), args.rank, sink, worker).run()
+    return await Rank(read(args.config, space=space), args.rank, args.address, sink, worker).run()
 
 
 def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="kvreal.engines.vllm.rank", description="one rank, started by a vLLM worker")
     parser.add_argument("--rank", type=int, required=True)
     parser.add_argument("--parent", type=int, required=True)
+    parser.add_argument("--address", required=True)
     parser.add_argument("--config", required=True)
     parser.add_argument("--space", required=True)
     args = parser.parse_args(list(argv))

@@ -11,7 +11,7 @@ import logging
 import os
 import struct
 import time
-from typing import Any, Dict, Final, List, Optional, Sequence, Tuple
+from typing import Any, Dict, Final, List, Optional, Sequence, Set, Tuple
 
 from kvreal.engines.vllm.link import Drop, Link, LinkError, Look, Prompt, Renew, Seen, Watch
 from kvreal.engines.vllm.plan import Found, Load, Plan, Save
@@ -58,9 +58,13 @@ class Scheduler:
         self.block: int = block_tokens
         self.mode: str = mode
         self.lease_s: float = lease_s
+        self.addresses: List[str] = []
+        self.parent: int = 0
         self.links: Dict[int, Link] = {}
-        self.down: str = "the ranks are not there yet"
-        """Why nothing is looked up; "": all is well."""
+        """Of the ranks that are there; nothing is looked up unless all are."""
+        self.again_s: float = 0.0
+        """When one that is not there is tried again."""
+        self.lost: Set[int] = set()
         self.late: Dict[int, float] = {}
         """Rank -> since when it owes an answer that nobody waits for any more."""
         self.block_bytes: int = 0
@@ -73,21 +77,35 @@ class Scheduler:
     def connect(self, addresses: Sequence[str], block_bytes: int, parent: int) -> None:
         """``addresses``: one a rank. ``parent``: vLLM's server process, 0 if that is this one."""
         self.block_bytes = block_bytes
-        try:
-            for rank, address in enumerate(addresses):
-                self.links[rank] = Link(address)
-                self.links[rank].say(Watch(parent))
-            self.down = ""
-        except LinkError as error:
-            self._lost(error)
+        self.addresses = list(addresses)
+        self.parent = parent
+        self._reach()
 
-    def _lost(self, error: LinkError) -> None:
-        if not self.down:
-            log.error("no KV is loaded from now on: %s", error)
-        self.down = str(error)
-        for link in self.links.values():
-            link.close()
-        self.links = {}
+    def _reach(self) -> bool:
+        """Connect to ranks that are not connected, every half second at most. True: all are there."""
+        now = time.monotonic()
+        if len(self.links) < len(self.addresses) and now >= self.again_s:
+            self.again_s = now + 0.5
+            for rank, address in enumerate(self.addresses):
+                if rank not in self.links:
+                    try:
+                        link = Link(address)
+                        link.say(Watch(self.parent))
+                    except LinkError:
+                        continue
+                    self.links[rank] = link
+                    self.late.pop(rank, None)
+                    if rank in self.lost:
+                        log.warning("rank %d is there again", rank)
+        return bool(self.addresses) and len(self.links) == len(self.addresses)
+
+    def _lost(self, rank: int, error: LinkError) -> None:
+        log.error("no KV is loaded until rank %d is there again: %s", rank, error)
+        self.lost.add(rank)
+        self.late.pop(rank, None)
+        self.links.pop(rank).close()
+        for asked in self.requests.values():
+            asked.seen.pop(rank, None)
 
     # ---- a request's life
     def new_request(self, request: Any) -> None:
@@ -104,23 +122,23 @@ class Scheduler:
         asked.name = f"{asked.request.request_id}#{asked.looks}"
         asked.at_s = asked.began_s = time.monotonic()
         asked.seen = {}
-        if self.down or self.late:
+        if not self._reach() or self.late:
             return
         self.names[asked.name] = asked
         self._say(Look(asked.name, asked.prompt, self.lease_s))
 
     def _say(self, frame: Any) -> None:
-        try:
-            for link in self.links.values():
+        for rank, link in list(self.links.items()):
+            try:
                 link.say(frame)
-        except LinkError as error:
-            self._lost(error)
+            except LinkError as error:
+                self._lost(rank, error)
 
     def _hear(self, wait_s: float, until: Optional[Asked]) -> None:
         """Take in answers; wait until those to ``until`` are complete, for ``wait_s`` at most."""
         end = time.monotonic() + wait_s
-        try:
-            for rank, link in self.links.items():
+        for rank, link in list(self.links.items()):
+            try:
                 while True:
                     owed = until is not None and rank not in until.seen
                     answer = link.hear(max(0.0, end - time.monotonic()) if owed else 0.0)
@@ -131,8 +149,8 @@ class Scheduler:
                     asked = self.names.get(answer.name)
                     if isinstance(answer, Seen) and asked is not None:
                         asked.seen[rank] = answer
-        except LinkError as error:
-            self._lost(error)
+            except LinkError as error:
+                self._lost(rank, error)
 
     def matched(self, request: Any, local: int) -> Tuple[Optional[int], bool]:
         """(tokens that can be loaded beyond the first ``local``, beside the steps?); (None, False): ask again."""
@@ -141,8 +159,8 @@ class Scheduler:
             return 0, False
         if self.late:
             self._hear(0.0, None)
-        if self.down or (self.late and not self._complete(asked)):
-            self._miss(asked, "rank_gone" if self.down else "rank_late")
+        if not self._reach() or (self.late and not self._complete(asked)):
+            self._miss(asked, "rank_late" if self.late else "rank_gone")
             return 0, False
         now = time.monotonic()
         if asked.name not in self.names or (self._complete(asked) and now - asked.at_s > 0.8 * self.lease_s):
@@ -153,7 +171,10 @@ class Scheduler:
             now = time.monotonic()
             self.tally.add("lookup_wait_seconds", now - began)
             if not self._complete(asked):
-                if not self.down and now - asked.began_s <= PATIENCE_S:
+                if not self._reach():
+                    self._miss(asked, "rank_gone")
+                    return 0, False
+                if now - asked.began_s <= PATIENCE_S:
                     return None, False
                 for rank in self.links:
                     if rank not in asked.seen:
@@ -168,7 +189,7 @@ class Scheduler:
         return self._offer(asked, local)
 
     def _complete(self, asked: Asked) -> bool:
-        return bool(self.links) and len(asked.seen) == len(self.links)
+        return bool(self.addresses) and len(asked.seen) == len(self.addresses)
 
     def _offer(self, asked: Asked, local: int) -> Tuple[int, bool]:
         """All ranks or none: what the one that holds least of it holds; the last token is always computed."""
@@ -288,7 +309,7 @@ class Scheduler:
         for link in self.links.values():
             link.close()
         self.links = {}
-        self.down = "the engine ends"
+        self.addresses = []
 
 
 def prompt_of(request: Any) -> Optional[Prompt]:

@@ -15,13 +15,14 @@ import subprocess
 import sys
 import threading
 import time
-from typing import Any, Dict, Final, Optional, Set, Tuple
+import uuid
+from typing import Any, Callable, Dict, Final, Optional, Set, Tuple
 
 import msgspec
 
 from kvcore.protocol.messages import Namespace
 from kvreal.engines.vllm.blocks import Paged, Rows, Slots, copier
-from kvreal.engines.vllm.link import Failed, Filled, Link, LinkError, Loaded, Ready, Store, receive_ready
+from kvreal.engines.vllm.link import Failed, Filled, Link, LinkError, Loaded, Store, receive_ready
 from kvreal.engines.vllm.plan import Load, Plan, Save
 from kvreal.engines.vllm.tally import Counts, Tally
 
@@ -30,6 +31,8 @@ log = logging.getLogger("kvmove.engine")
 START_S: Final = 120.0
 ANSWER_S: Final = 2.0
 """How long a copy's end waits for the rank's word."""
+AGAIN_S: Final = (0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
+"""How long after its end a rank is started again, and again; the last one for ever."""
 
 
 class StartError(Exception):
@@ -45,23 +48,21 @@ class LoadFailed(Exception):
 
 
 class Child:
-    """The rank's process. It ends when this one does, or hangs up."""
+    """The rank's process. It ends when this one does, or hangs up. ``address``: where it listens (abstract)."""
 
-    def __init__(self, config: str, space: Namespace, rank: int) -> None:
+    def __init__(self, config: str, space: Namespace, rank: int, address: str) -> None:
         """StartError."""
         self.sock, theirs = socket.socketpair()
         command = [
             sys.executable, "-m", "kvreal.engines.vllm.rank", "--rank", str(rank), "--parent", str(os.getpid()),
-            "--config", config, "--space", msgspec.json.encode(space).decode(),
+            "--address", address, "--config", config, "--space", msgspec.json.encode(space).decode(),
         ]  # fmt: skip
         with theirs:
             self.process: subprocess.Popen[bytes] = subprocess.Popen(command, stdin=theirs.fileno())
-        self.ready: Ready
         try:
             said, fds = receive_ready(self.sock, START_S)
             if isinstance(said, Failed):
                 raise StartError(said.why)
-            self.ready = said
             self.slots: Slots = Slots(said.places, fds)
         except (LinkError, OSError) as error:
             raise StartError(f"rank {rank}: {error}") from None
@@ -106,9 +107,11 @@ class Worker:
         self.paged: Paged = paged
         self.block: int = space.block_tokens
         self.per_chunk: int = space.chunk_tokens // space.block_tokens
-        self.child: Child = Child(config, space, rank)
-        self.address: str = self.child.ready.address
+        self.address: str = f"kvmove-{os.getpid()}-{uuid.uuid4().hex[:12]}"
+        self.start: Callable[[], Child] = lambda: Child(config, space, rank, self.address)
+        self.child: Child = self.start()
         self.copier: Any = copier(paged, self.child.slots)
+        self.closing: threading.Event = threading.Event()
         self.lock: threading.Lock = threading.Lock()
         self.tally: Tally = Tally()
         self.errors: Set[int] = set()
@@ -121,8 +124,31 @@ class Worker:
         self.here: Speaker = Speaker(self.address)
         self.load_queue: queue.SimpleQueue[Tuple[Load, Any]] = queue.SimpleQueue()
         self.save_queue: queue.SimpleQueue[Tuple[Save, Any]] = queue.SimpleQueue()
-        for name, work in (("kvmove load", self._loads), ("kvmove store", self._saves)):
+        threads = (("kvmove load", self._loads), ("kvmove store", self._saves), ("kvmove rank", self._keep))
+        for name, work in threads:
             threading.Thread(target=work, name=name, daemon=True).start()
+
+    def _keep(self) -> None:
+        """Start the rank again whenever it ends unasked: as a new process, which holds nothing."""
+        tries = 0
+        while True:
+            began = time.monotonic()
+            status = self.child.process.wait()
+            if self.closing.is_set() or status == 0:  # the engine ends
+                return
+            tries = 0 if time.monotonic() - began > 60 else tries
+            pause_s = AGAIN_S[min(tries, len(AGAIN_S) - 1)]
+            tries += 1
+            log.error("rank %d has ended with status %d; started again in %.1f s", self.rank, status, pause_s)
+            if self.closing.wait(pause_s):
+                return
+            try:
+                self.child = child = self.start()
+                self.copier = copier(self.paged, child.slots)
+            except (StartError, OSError) as error:
+                log.error("rank %d does not start: %s", self.rank, error)
+            if self.closing.is_set():
+                self.child.stop()
 
     # ---- a step
     def preempted(self, plan: Plan) -> None:
@@ -279,6 +305,7 @@ class Worker:
         self.copier.store(rows, mark)
 
     def close(self) -> None:
+        self.closing.set()
         self.child.stop()
 
 
