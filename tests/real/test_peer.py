@@ -18,7 +18,7 @@ import pytest
 
 from kvcore.scenario.history import check_replay, read
 from kvmove.cli import call
-from kvreal import lend
+from kvreal import keys, lend
 from kvreal.borrow import Away, Borrowed, PeerError, place, prove, read_token, secret_of
 from kvreal.pool import LOOPBACK, HostError, Pool, is_stopped
 from kvreal.run import run
@@ -177,6 +177,19 @@ def test_its_nodes_hear_only_those_who_have_the_secret(waiting: tuple[Command, t
     with Borrowed(address, secret, "tcp") as there, Pool("tcp") as here:  # here: none at all
         result = run(scenario(), pool=here, elsewhere={"b": there}, timeout_s=3)
         assert result.hung
+
+
+def test_the_clusters_keys_will_do(tmp_path: Path, start: Callable[..., Command]) -> None:
+    """Instead of a token; those of another cluster will not."""
+    folders = [tmp_path / name for name in ("ours", "theirs")]
+    for folder in folders:
+        keys.new(folder, "node")
+    command = start("peer", ["peer", "--listen", "127.0.0.1:0", "--keys", str(folders[0])])
+    until(lambda: "\n" in command.text() or command.process.poll() is not None, command.text)
+    peer = f"tcp://{command.text().splitlines()[0]}"
+    argv = ["run", "scenarios/smoke/move.yaml", "--on", "real", "--transport", "tcp", "--peer", peer, "--peer-keys"]
+    assert call([*argv, str(folders[0])]) == 0
+    assert call([*argv, str(folders[1])]) == 2
 
 
 SSH = """#!{python}
