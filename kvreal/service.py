@@ -352,6 +352,8 @@ class Service:
 
     async def peek(self, what: Callable[[Any], T]) -> T:
         """``what(machine)``, between two inputs. It must not change anything."""
+        if not self.running:
+            raise ServiceStopped("the service has stopped")
         return what(self.machine)
 
     async def watch(self) -> AsyncIterator[Step]:

@@ -22,6 +22,7 @@ from kvreal.http.auth import AuthDependency, Guard
 from kvreal.http.face import Face
 from kvreal.http.quick import Answers, Post, Quick
 from kvreal.http.status import Reply, refusal, split_error
+from kvreal.http.tokens import decoder
 from kvreal.service import ServiceStopped
 
 MAX_BODY_BYTES: Final = 16 << 20
@@ -260,9 +261,10 @@ def _post(app: FastAPI, face: Face, path: str, kind: Any, handler: Handler, limi
             return strict(_encode(_whole(msgspec.json.decode(data))))
 
     names = ("LeaseBody", "RenewBody") if lease else (kind.__name__,)
+    read = decoder(kind, decode) if path in AT_ONCE else decode
 
     async def answers(request: Request) -> Reply:
-        return await handler(face, await body_of(request, decode, limit), request)
+        return await handler(face, await body_of(request, read, limit), request)
 
     async def endpoint(request: Request) -> Response:
         return respond(await answers(request))

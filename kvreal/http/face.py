@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import re
 import time
+from functools import partial
 from typing import Any, Dict, Final, List, Optional, Sequence, Tuple, Union
 
 import msgspec
 from msgspec import UNSET
 
 from kvcore.protocol import machine as m
-from kvcore.protocol.chunks import chunk_keys
+from kvcore.protocol.chunks import chunk_keys, packed_keys
 from kvcore.protocol.controller import Controller
 from kvcore.protocol.messages import (
     Answer,
     CancelRequest,
     ClearRequest,
+    Found,
     Key,
-    LookupRequest,
     MoveRequest,
     Namespace,
     PinRequest,
@@ -35,6 +36,7 @@ from kvreal.http.dryrun import dry_run
 from kvreal.http.events import EventLog
 from kvreal.http.members import Members, fresh
 from kvreal.http.status import REASON_HEADER, Reply, of_cancel, of_move, refusal
+from kvreal.http.tokens import Packed
 from kvreal.http.views import together
 from kvreal.service import Service
 
@@ -48,6 +50,16 @@ NS: Final = 1_000_000_000
 
 Chunks = Tuple[Tuple[Key, ...], Tuple[int, ...]]
 """(keys, lens) of a prompt."""
+
+
+def _keys_of(namespace: Namespace, tokens: Sequence[int], salt: str) -> Chunks:
+    if isinstance(tokens, Packed):
+        return packed_keys(namespace, tokens, "", salt)
+    return chunk_keys(namespace, tokens, "", salt)
+
+
+def _lookup(keys: Sequence[Key], lens: Sequence[int], machine: Controller) -> Sequence[Found]:
+    return machine.registry.lookup(keys, lens)
 
 
 class Settings(msgspec.Struct, frozen=True):
@@ -89,7 +101,7 @@ class Face:
 
     def _keys(self, instance: str, tokens: Sequence[int], salt: str) -> Optional[Chunks]:
         namespace = self._namespace(instance)
-        return chunk_keys(namespace, tokens, "", salt) if namespace is not None else None
+        return _keys_of(namespace, tokens, salt) if namespace is not None else None
 
     # ---- who is there
     def _nowhere(self, position: Position) -> Optional[Reply]:
@@ -249,11 +261,11 @@ class Face:
     async def lookup(self, body: b.LookupBody) -> Reply:
         found: Dict[str, Dict[str, int]] = {}
         for namespace in self._spaces():
-            keys, lens = chunk_keys(namespace, body.tokens, "", body.cache_salt)
+            keys, lens = _keys_of(namespace, body.tokens, body.cache_salt)
             if not keys:
                 continue
-            answer = await self.service.ask(LookupRequest("", keys, lens))
-            for item in answer.found:
+            # It changes nothing, so it is no input.
+            for item in await self.service.peek(partial(_lookup, keys, lens)):
                 found.setdefault(item.instance, {})[item.location] = item.num_tokens
         best: Dict[str, List[Union[str, int]]] = {
             name: [at := max(places, key=lambda place: (places[place], place)), places[at]]
