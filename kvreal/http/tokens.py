@@ -14,6 +14,8 @@ import numpy as np
 SHORT: Final = 2_048
 """Bodies of fewer bytes are decoded sooner than looked at."""
 
+COMMA: Final = ord(",")
+
 Decode = Callable[[bytes], Any]
 
 
@@ -58,6 +60,7 @@ def packed(text: bytes) -> Optional[Packed]:
         ids = np.fromstring(text[1:-1], dtype=np.int64, sep=",")
     except (ValueError, DeprecationWarning):
         return None
-    if len(ids) != text.count(b",") + 1 or ids.min() < 0 or ids.max() > 0xFFFFFFFF:
+    commas = np.count_nonzero(np.frombuffer(text, np.uint8) == COMMA)
+    if len(ids) != commas + 1 or ids.min() < 0 or ids.max() > 0xFFFFFFFF:
         return None
     return Packed(ids.astype("<u4").tobytes())
