@@ -77,11 +77,16 @@ def _messages(
         base = _middle(simulated, _chunks(1), phase)
         spreads[field] = spread(many)
         profile = _solve(profile, field, parts["chunks"], _chunks(most), phase, base + more)
-    both = _pooled(samples, "ranks", lambda ask: True)
-    if both:
-        spreads["wake_ns"] = spread(told(one) for one in both)
-        profile = _solve(profile, "wake_ns", parts["ranks"], lambda ask: True, told, median(map(told, both)))
+    one, both = (list(map(told, _pooled(samples, f"ranks-{count}", _any))) for count in (1, 2))
+    if one and both:
+        spreads["wake_ns"] = spread(both)
+        goal = _middle(_simulated(profile, parts["ranks-1"], AUTO), _any, told) + median(both) - median(one)
+        profile = _solve(profile, "wake_ns", parts["ranks-2"], _any, told, goal)
     return profile
+
+
+def _any(ask: Ask) -> bool:
+    return True
 
 
 def _control(one: Timed) -> float:

@@ -89,6 +89,11 @@ class Measuring:
         if not self.samples:
             whys = "; ".join(f"{name}: {why}" for name, why in self.lacking.items())
             raise RealUnavailable(f"nothing could be measured here: {whys or 'no transport is available'}")
+        asked = {(one.source, one.target) for one in self.parts["kinds"].asks.values()} if "kinds" in self.parts else ()
+        for samples in self.samples:
+            done = {(source, target) for source, target, _ in samples.kinds()}
+            for source, target in sorted(set(asked) - done if not self.budget.quick else ()):
+                self.lacking[f"{samples.transport} {source} to {target}"] = "no such move was done"
 
     def _started(self, samples: Samples, stack: ExitStack) -> Pool | None:
         """Its processes, which have done everything once: the first time is not counted."""
@@ -100,7 +105,7 @@ class Measuring:
         try:
             pool: Pool = stack.enter_context(Pool(samples.transport))
             play(plan.chunks(2), pool)
-            play(plan.ranks(2), pool)
+            play(plan.ranks(2, 2), pool)
         except (RunError, TransferError, HostError) as error:
             self.lacking[samples.transport] = str(error).partition("\n")[0]
             return None
@@ -133,7 +138,8 @@ class Measuring:
         if first or not budget.quick:
             yield plan.kinds(budget.kinds, ROUNDS)
         yield plan.contended(ROUNDS)
-        yield plan.ranks(4 * ROUNDS)
+        for count in (1, 2):
+            yield plan.ranks(count, 4 * ROUNDS)
         if first and number == 0:
             yield plan.burst()
 

@@ -21,6 +21,7 @@ LOCATION: Final = {"cpu": "LocalCPUBackend", "disk": "LocalDiskBackend", "gpu": 
 #: Between two CPU memories; elsewhere every second one, up to LARGEST_ELSEWHERE.
 SIZES: Final = (32 * KIB, 256 * KIB, MIB, 4 * MIB, 32 * MIB, 128 * MIB, 512 * MIB)
 QUICK_SIZES: Final = (32 * KIB, MIB, 4 * MIB, 32 * MIB, 128 * MIB)
+OPENER: Final = "first"
 SMALL: Final = 4 * MIB
 """Moves up to that size take as long as what surrounds them."""
 ELSEWHERE: Final = (32 * KIB, MIB, 4 * MIB, 32 * MIB)
@@ -83,6 +84,13 @@ class Writer:
         at = f"{instance}/{LOCATION[kind]}"
         self.steps.append(f"store: {{at: {at}, prompt: {prompt}, tokens: {nbytes // self.token_bytes}}}")
 
+    def open(self, number: int) -> None:
+        """A small move before the others: the first between two processes takes longer, and is counted apart. A prompt
+        for it must have been stored in ``a``'s CPU memory."""
+        here, there = ("a", "b") if number % 2 == 0 else ("b", "a")
+        self.move(OPENER, SIZES[0], (here, "cpu"), (there, "cpu"))
+        self.settle()
+
     def use(self, instance: str, kind: str, prompt: str) -> None:
         self.steps.append(f"use: {{at: {instance}/{LOCATION[kind]}, prompt: {prompt}}}")
 
@@ -112,13 +120,15 @@ class Writer:
 def sizes(largest: int, quick: bool, rounds: int) -> Part:
     """One chunk where 32 MiB suffice, from one CPU memory to another and back; read at the end."""
     chosen = [size for size in (QUICK_SIZES if quick else SIZES) if size <= largest]
-    room = sum(max(size, LARGE_CHUNK) for size in chosen)
+    room = sum(max(size, LARGE_CHUNK) for size in [*chosen, LARGE_CHUNK])
     writer = Writer("sizes", LARGE_CHUNK, 32 * KIB, {"a": {"cpu": room}, "b": {"cpu": room}})
+    writer.store("a", "cpu", OPENER, SIZES[0])
     for size in chosen:
         writer.store("a", "cpu", f"p{size}", size)
     writer.settle()
     for number in range(rounds):  # up and down again: small ones come after small ones, and find the caches so
         here, there, order = ("a", "b", chosen) if number % 2 == 0 else ("b", "a", chosen[::-1])
+        writer.open(number)
         for size in order:
             writer.move(f"p{size}", size, (here, "cpu"), (there, "cpu"))
             writer.settle()
@@ -144,13 +154,15 @@ def seldom() -> Part:
 
 def chunks(rounds: int) -> Part:
     """The same few bytes a chunk, in ever more chunks."""
-    room = sum(CHUNKS) * SMALL_CHUNK
+    room = sum(CHUNKS) * SMALL_CHUNK + SIZES[0]
     writer = Writer("chunks", SMALL_CHUNK, 4 * KIB, {"a": {"cpu": room}, "b": {"cpu": room}})
+    writer.store("a", "cpu", OPENER, SIZES[0])
     for count in CHUNKS:
         writer.store("a", "cpu", f"p{count}", count * SMALL_CHUNK)
     writer.settle()
     for number in range(rounds):
         here, there = ("a", "b") if number % 2 == 0 else ("b", "a")
+        writer.open(number)
         for count in CHUNKS if number % 2 == 0 else CHUNKS[::-1]:
             writer.move(f"p{count}", count * SMALL_CHUNK, (here, "cpu"), (there, "cpu"))
             writer.settle()
@@ -160,15 +172,17 @@ def chunks(rounds: int) -> Part:
 def kinds(pairs: Sequence[tuple[str, str, bool]], rounds: int) -> Part:
     """(source, target, inside) there and back again, in a few sizes."""
     places = {kind for source, target, _ in pairs for kind in (source, target)}
-    room = len(ELSEWHERE) * LARGE_CHUNK * (len(pairs) + 1)
+    room = len(ELSEWHERE) * LARGE_CHUNK * (len(pairs) + 2)
     every = {kind: room for kind in LOCATION if kind in places}
     writer = Writer("kinds", LARGE_CHUNK, 32 * KIB, {"a": every, "b": every})
     prompts = {pair: {size: f"p-{number}-{size}" for size in ELSEWHERE} for number, pair in enumerate(pairs)}
+    writer.store("a", "cpu", OPENER, SIZES[0])
     for (source, _, _), named in prompts.items():
         for size, prompt in named.items():
             writer.store("a", source, prompt, size)
     writer.settle()
     for number in range(rounds):
+        writer.open(number)
         for (source, target, inside), named in prompts.items():
             ends = (("a", source), ("a" if inside else "b", target))
             for size, prompt in named.items():
@@ -197,15 +211,15 @@ def contended(rounds: int) -> Part:
     return writer.part()
 
 
-def ranks(rounds: int) -> Part:
-    """Two ranks an instance: what is said to both at once."""
+def ranks(count: int, rounds: int) -> Part:
+    """``count`` ranks an instance, 32 KiB each: what is said to all at once, beside what is said to one."""
     room = {"cpu": 8 * MIB}
-    writer = Writer("ranks", 32 * KIB, 2 * KIB, {"a": room, "b": room}, ranks=2)
-    writer.store("a", "cpu", "p", 64 * KIB)
+    writer = Writer(f"ranks-{count}", 16 * count * KIB, count * KIB, {"a": room, "b": room}, ranks=count)
+    writer.store("a", "cpu", "p", 32 * count * KIB)
     writer.settle()
     for number in range(rounds):
         here, there = ("a", "b") if number % 2 == 0 else ("b", "a")
-        writer.move("p", 64 * KIB, (here, "cpu"), (there, "cpu"))
+        writer.move("p", 32 * count * KIB, (here, "cpu"), (there, "cpu"))
         writer.settle()
     return writer.part()
 

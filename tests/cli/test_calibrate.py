@@ -51,7 +51,8 @@ def measured_of(truth: Profile) -> tuple[Samples, dict[str, plan.Part]]:
     """As if that machine had been measured: its moves' times are those of a simulation of it."""
     samples = Samples("quick")
     parts = {}
-    for part in (plan.seldom(), plan.sizes(512 * plan.MIB, False, 2), plan.chunks(2), plan.ranks(2), plan.contended(2)):
+    played = [plan.seldom(), plan.sizes(512 * plan.MIB, False, 2), plan.chunks(2), plan.contended(2)]
+    for part in [*played, plan.ranks(1, 2), plan.ranks(2, 2)]:
         parts[part.name] = part
         result = simulate(part.built, profile=truth, check=False)
         assert result.clean and all(op.state in ("done", "ok") for op in result.operations), part.name
