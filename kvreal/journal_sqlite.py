@@ -310,7 +310,7 @@ class SqliteJournal:
         )
         return [(int(number), bytes(body)) for number, body in self.base.execute(query)]
 
-    def begun(self) -> Dict[int, int]:
+    def began(self) -> Dict[int, int]:
         """Event -> when it began, ns since 1970. A lease that was begun again keeps its first time."""
         query = "SELECT number, min(wall_ns) FROM records WHERE kind = 'Begin' GROUP BY number"
         return {int(number): int(wall_ns) for number, wall_ns in self.base.execute(query)}

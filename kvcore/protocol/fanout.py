@@ -6,7 +6,7 @@ from typing import Dict, List, Optional, Tuple, final
 
 from kvcore.protocol.config import Config
 from kvcore.protocol.machine import Begin, Effect, Journal, Outcome, Send, Timers
-from kvcore.protocol.messages import NO_ID, Answer, Clear, Cleared, Held, Hold, Inc, PinRequest, Unhold
+from kvcore.protocol.messages import NO_ID, Answer, Clear, Cleared, Held, Hold, Inc, PinRequest, Position, Unhold
 from kvcore.protocol.registry import Registry
 
 
@@ -38,6 +38,8 @@ class Fanouts:
         self.open: Dict[int, Fanout] = {}
         #: user pins that live, as they were asked for
         self.pins: Dict[int, PinRequest] = {}
+        #: pin -> the nonces of the processes that hold it, by rank; of those that the journal told of nothing is known
+        self.processes: Dict[int, Tuple[int, ...]] = {}
 
     def start(self, now: int, fanout: Fanout, out: List[Effect]) -> None:
         fanout.deadline_ns = now + self.config.deadline_ns
@@ -107,6 +109,8 @@ class Fanouts:
             if fanout.number not in self.pins:
                 out.append(Journal(Begin(fanout.number, fanout.request)))
             self.keep(now, fanout.number, fanout.request)
+            ranks = [self.registry.by_address.get(address) for address in fanout.ranks]
+            self.processes[fanout.number] = tuple([rank.register.nonce if rank is not None else 0 for rank in ranks])
         elif fanout.kind == "unpin":
             self.forget(fanout.number, "unpinned", out)
         self._end(fanout, Answer(fanout.op, "ok", tokens, fanout.number, n=least), out)
@@ -117,9 +121,23 @@ class Fanouts:
         self.timers.set(("hold", number, 0), now + request.lease_ns + self.config.retry_ns)
 
     def forget(self, number: int, why: str, out: List[Effect]) -> None:
+        self.processes.pop(number, None)
         if self.pins.pop(number, None) is not None:
             self.timers.cancel(("hold", number, 0))
             out.append(Journal(Outcome(number, "done", why)))
+
+    def cleared(self, position: Position, out: List[Effect]) -> None:
+        """A place holds nothing any more, so no pin there keeps anything."""
+        for number, request in list(self.pins.items()):
+            if request.position == position:
+                self.forget(number, "cleared", out)
+
+    def believed(self, instance: str, rank: int, nonce: int, out: List[Effect]) -> None:
+        """A process speaks for a rank from now on; pins that another one held went with that."""
+        for number, request in list(self.pins.items()):
+            nonces = self.processes.get(number, ())
+            if request.position[0] == instance and rank < len(nonces) and nonces[rank] not in (0, nonce):
+                self.forget(number, "restarted", out)
 
     def on_hold_timer(self, now: int, name: Tuple[str, int, int], out: List[Effect]) -> None:
         self.forget(name[1], "lapsed", out)

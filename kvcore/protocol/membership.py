@@ -166,6 +166,7 @@ class Membership:
             # A double of the Register that it once sent: the claim is settled, and must not bring a second epoch.
             self._probed(who, probing)
         self.registry.believe(now, rank)
+        self.fanouts.believed(rank.register.instance, rank.register.rank, rank.register.nonce, out)
         self.timers.set(("dead", rank.number, 0), now + self.config.dead_ns)
         out.append(Note("believed", rank.epoch, rank.address))
 
@@ -229,6 +230,9 @@ class Membership:
         self.registry.reset(view, inc)
         if known:
             self.moves.participant_changed(now, src, location, "cleared", out)
+            rank = self.registry.by_address.get(src)
+            if rank is not None:
+                self.fanouts.cleared((rank.register.instance, location), out)
 
     def _view(self, src: str, location: str, inc: Tuple[int, int]) -> Optional[View]:
         rank = self.registry.by_address.get(src)

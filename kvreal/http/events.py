@@ -39,7 +39,7 @@ class Keeper(Protocol):
 
     def kept(self) -> Sequence[Tuple[int, bytes]]: ...
 
-    def begun(self) -> Dict[int, int]:
+    def began(self) -> Dict[int, int]:
         """Event -> when it began, ns since 1970."""
         ...
 
@@ -115,7 +115,7 @@ class EventLog:
             self._journaled(now, record, {}, restoring=True)
         moves = self.machine.moves
         if self.keeper is not None:
-            for number, begun_ns in self.keeper.begun().items():
+            for number, begun_ns in self.keeper.began().items():
                 if number in self.records:
                     self.records[number].begun_ns = begun_ns
             for number, frozen in self.keeper.kept():

@@ -8,6 +8,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -308,3 +309,16 @@ def test_the_file_does_not_grow_without_bound(tmp_path: Path) -> None:
 def test_nobody_else_can_read_it(tmp_path: Path) -> None:
     opened(tmp_path / "j.db").close()
     assert (tmp_path / "j.db").stat().st_mode & 0o077 == 0
+
+
+def test_it_knows_when_each_event_began(tmp_path: Path) -> None:
+    before = time.time_ns()
+    journal = opened(tmp_path / "j.db")
+    for record in [*move(1), begin(2)]:
+        journal.append(record)
+    journal.close()
+    again = opened(tmp_path / "j.db")
+    began = again.began()
+    again.close()
+    assert list(began) == [1, 2]
+    assert before <= began[1] <= began[2] <= time.time_ns()

@@ -339,7 +339,7 @@ class Kept:
     def kept(self) -> List[Tuple[int, bytes]]:
         return list(self.rows.items())
 
-    def begun(self) -> Dict[int, int]:
+    def began(self) -> Dict[int, int]:
         return {FIRST: 999 * S}
 
 

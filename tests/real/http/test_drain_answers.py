@@ -110,6 +110,26 @@ def test_every_event_id_that_was_answered_is_known(shared: Cluster) -> None:
     assert controller.http.delete(f"/events/{cleared['event_id']}").status_code == 409
 
 
+def test_a_pin_of_what_is_not_there_any_more_is_over(shared: Cluster) -> None:
+    """Its place was cleared, or its process ended: nothing is held, and the event must not say so."""
+    controller = shared.controller
+    shared.workers.add("e")
+    shared.known("e")
+    for what, reason in (("clear", "cleared"), ("restart", "restarted")):
+        shared.stored("e", range(6000, 6064))
+        place = {"instance_id": "e", "location": CPU}
+        pinned = controller.post("/lease", **place, tokens=list(range(6000, 6064)), seconds=300).json()
+        assert (pinned["num_tokens"], controller.event(pinned["event_id"])["state"]) == (64, "held")
+        if what == "clear":
+            assert controller.post("/clear", **place).status_code == 200
+        else:
+            shared.workers.remove("e")
+            shared.workers.add("e")
+        eventually(lambda name=pinned["event_id"]: controller.event(name)["state"] == "done", what="the pin is over")
+        assert controller.event(pinned["event_id"])["reason"] == reason
+        assert controller.post("/unpin", event_id=pinned["event_id"]).status_code == 409
+
+
 def test_a_drain_of_two_locations_begins_whole_or_not_at_all(tmp_path: Path) -> None:
     """One event may be in flight, and there are two locations: refused, and nothing has begun."""
     found = cluster(tmp_path, "--events-max", "1")
