@@ -20,11 +20,11 @@ from __future__ import annotations
 import os
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
-from typing import Any, Final, Iterable, List, Literal, Sequence, Tuple, cast, get_args
+from typing import Any, Final, Iterable, List, Literal, NamedTuple, Sequence, Tuple, Union, cast, get_args
 
 import xxhash
 
-from kvreal.memory import Memory, Slab
+from kvreal.memory import Bytes, Memory, Slab
 
 Mode = Literal["off", "sample", "all"]
 MODES: Final[Tuple[str, ...]] = get_args(Mode)
@@ -66,6 +66,12 @@ def sums(
     seeds = [int.from_bytes(key[:8], "little") for key in keys]
     for slot, size in zip(slots, sizes):
         memory.check(location, slot, size)
+    if memory.on_disk(location):
+        found = []
+        for slot, size, key, seed in zip(slots, sizes, keys, seeds):  # each is read whole, one at a time
+            read = Read(memory.get(location, slot, size, key))
+            found += _sampled(read, [(0, size, seed)]) if mode == "sample" else _whole(read, [(0, size, seed)])
+        return found
     slab, _ = memory.homes[location]
     starts = [memory.start(location, slot) for slot in slots]
 
@@ -77,7 +83,7 @@ def sums(
     if mode == "sample" or threads < 2 or sum(sizes) < max(PARALLEL_BYTES, len(slots) * UNLOCKED_BYTES):
         return part(0, len(slots))
     edges = [len(slots) * at // threads for at in range(threads + 1)]
-    found: List[int] = []
+    found = []
     for some in _pool().map(part, edges[:-1], edges[1:]):
         found += some
     return found
@@ -114,20 +120,27 @@ def _pool() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(MAX_THREADS, thread_name_prefix="checksum")
 
 
-def _host(slab: Slab, start: int, size: int) -> Any:
+class Read(NamedTuple):
+    """A chunk that was read from a disk, where others have a slab."""
+
+    bytes: Bytes
+    tensor: Any = None
+
+
+def _host(slab: Union[Slab, Read], start: int, size: int) -> Any:
     """These bytes where the host can read them: in place, or a copy of what lies on a GPU."""
     if slab.tensor is None:
         return slab.bytes.data[start : start + size]
     return slab.tensor[start : start + size].cpu().numpy().data
 
 
-def _whole(slab: Slab, chunks: Iterable[Tuple[int, int, int]]) -> List[int]:
+def _whole(slab: Union[Slab, Read], chunks: Iterable[Tuple[int, int, int]]) -> List[int]:
     """Of (start, size, seed): the sums of all bytes."""
     digest = xxhash.xxh3_64_intdigest
     return [digest(_host(slab, start, size), seed) for start, size, seed in chunks]
 
 
-def _sampled(slab: Slab, chunks: Iterable[Tuple[int, int, int]]) -> List[int]:
+def _sampled(slab: Union[Slab, Read], chunks: Iterable[Tuple[int, int, int]]) -> List[int]:
     """Of (start, size, seed): the sums of the size, the first piece, one of every whole stripe, and the last.
     A chunk of few pieces is summed whole."""
     found: List[int] = []

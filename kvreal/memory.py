@@ -1,8 +1,8 @@
 """A node's own memory: one slab a location, cut into slots of one chunk, made once and registered once.
 
 A host keeps its CPU slab from one run to the next (``Slab.reserve`` grows it, never shrinks it), so that a pooled
-process neither faults its pages in nor registers them again. Disk locations are files that have no name any more once
-they are open: they vanish with the process, however it ends. GPU locations are torch tensors.
+process neither faults its pages in nor registers them again. Disk locations are files (store.py), whose bytes cannot be
+looked at in place; only what an engine's process maps too is a file that is mapped. GPU locations are torch tensors.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import numpy.typing as npt
 
 from kvcore.scenario.topology import kind_of as kind_of
 from kvreal.arena import ArenaError, Member, join
+from kvreal.store import DiskError, Home, Store
 
 Bytes = npt.NDArray[np.uint8]
 Words = npt.NDArray[np.uint64]
@@ -43,7 +44,7 @@ class Place(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     name: str
     kind: str
-    """DRAM or VRAM: NIXL's words for it."""
+    """DRAM, VRAM or FILE: NIXL's words for it."""
     address: int
     slots: int
     slot_bytes: int
@@ -180,6 +181,10 @@ class Memory:
         self.member: Optional[Member] = None
         self.rows: Dict[str, int] = {}
         """Locations in the arena -> where their slots begin in this process's row."""
+        self.disk_path: str = ""
+        """Where disk locations keep their files; none: where temporary files are, without a name."""
+        self.home: Optional[Home] = None
+        self.stores: Dict[str, Store] = {}
         self.cpu: Optional[Slab] = None
         self.others: List[Slab] = []
         self.places: Dict[str, Place] = {}
@@ -199,6 +204,7 @@ class Memory:
         changed = bool(self.others)
         self.others = []
         self.rows = {}
+        self._close_stores()
         if self.arena:
             changed = self._into_arena(locations, slot_bytes) or changed
         wanted = sum(slots * slot_bytes for name, slots in locations if kind_of(name) == "cpu" and not self.arena)
@@ -214,6 +220,10 @@ class Memory:
             if name in self.rows:
                 self.homes[name] = (self.others[0], 0)
                 self.places[name] = Place(name, "DRAM", self.others[0].address, slots, slot_bytes, ordered=False)
+                continue
+            if kind == "disk" and not self.shared:
+                self.stores[name] = self._store(name, slots, slot_bytes)
+                self.places[name] = Place(name, "FILE", 0, slots, slot_bytes, ordered=False)
                 continue
             if kind == "cpu":
                 slab, start = self.cpu, offset
@@ -251,6 +261,26 @@ class Memory:
             row += slots
         self.others.append(Slab.over(self.member.arena.bytes))
         return True
+
+    def _store(self, name: str, slots: int, slot_bytes: int) -> Store:
+        try:
+            if self.disk_path and self.home is None:
+                self.home = Home(self.disk_path)
+            return Store(name, slots, slot_bytes, self.home)
+        except DiskError as error:
+            raise SlabError(str(error)) from error
+
+    def _close_stores(self) -> None:
+        for store in self.stores.values():
+            store.close()
+        self.stores = {}
+
+    def close(self) -> None:
+        """The process ends: what it keeps on disks goes."""
+        self._close_stores()
+        if self.home is not None:
+            self.home.close()
+            self.home = None
 
     def share(self, source: str, out: Sequence[int], target: str, into: Sequence[int]) -> bool:
         """Make slots of ``target`` what those of ``source`` are, if both lie in the arena."""
@@ -315,23 +345,33 @@ class Memory:
         return np.uint64(place.address) + np.array(slots, dtype=np.uint64) * np.uint64(place.slot_bytes)
 
     def view(self, location: str, slot: int, nbytes: int) -> Bytes:
-        """The first ``nbytes`` bytes of a slot, not a copy. GPU memory has none: see ``put`` and ``get``."""
+        """The first ``nbytes`` bytes of a slot, not a copy. GPU memory and disks have none: see ``put`` and ``get``."""
         self.check(location, slot, nbytes)
+        if not self.mapped(location):
+            what = "on a disk" if self.on_disk(location) else "GPU memory"
+            raise SlabError(f"{location} is {what}: its bytes cannot be looked at in place")
         slab, _ = self.homes[location]
-        if slab.tensor is not None:
-            raise SlabError(f"{location} is GPU memory, which this transport does not reach")
         first = self.start(location, slot)
         return slab.bytes[first : first + nbytes]
 
     def mapped(self, location: str) -> bool:
         """Whether its bytes lie in this process's address space, so that ``view`` can show them."""
-        return self.homes[location][0].tensor is None
+        return location in self.homes and self.homes[location][0].tensor is None
 
     def on_gpu(self, location: str) -> bool:
-        return self.homes[location][0].tensor is not None
+        return location in self.homes and self.homes[location][0].tensor is not None
 
-    def put(self, location: str, slot: int, data: Bytes) -> None:
-        """Write ``data`` to the beginning of a slot, wherever it lies."""
+    def on_disk(self, location: str) -> bool:
+        """Whether it consists of files."""
+        return location in self.stores
+
+    def put(self, location: str, slot: int, data: Bytes, key: bytes = b"") -> None:
+        """Write ``data`` to the beginning of a slot, wherever it lies. ``key``: what chunk it is, which a disk keeps
+        beside it. DiskError: it cannot be written."""
+        self.check(location, slot, len(data))
+        if location in self.stores:
+            self.stores[location].write(slot, data, key)
+            return
         slab, start = self.homes[location]
         if slab.tensor is None:
             self.view(location, slot, len(data))[:] = data
@@ -341,14 +381,29 @@ class Memory:
         first = start + slot * self.places[location].slot_bytes
         slab.tensor[first : first + len(data)].copy_(torch.from_numpy(data))
 
-    def get(self, location: str, slot: int, nbytes: int) -> Bytes:
-        """The bytes of a slot: a view where there can be one, else a copy."""
+    def get(self, location: str, slot: int, nbytes: int, key: bytes = b"") -> Bytes:
+        """The bytes of a slot: a view where there can be one, else a copy. DiskError: a disk does not have them as they
+        were written there, or has another chunk's than ``key``."""
+        if location in self.stores:
+            self.check(location, slot, nbytes)
+            data: Bytes = np.empty(nbytes, dtype=np.uint8)
+            self.stores[location].read(slot, data, key)
+            return data
         slab, start = self.homes[location]
         if slab.tensor is None:
             return self.view(location, slot, nbytes)
+        self.check(location, slot, nbytes)
         first = start + slot * self.places[location].slot_bytes
         copy: Bytes = slab.tensor[first : first + nbytes].cpu().numpy()
         return copy
+
+    def fetch(self, location: str, slot: int, into: Bytes, key: bytes = b"") -> None:
+        """``get`` into memory that is there already."""
+        if location in self.stores:
+            self.check(location, slot, len(into))
+            self.stores[location].read(slot, into, key)
+        else:
+            into[:] = self.get(location, slot, len(into), key)
 
     def soil(self, location: str, slots: Sequence[int], poison: bool = False) -> None:
         """Note that these slots are about to be written; ``poison`` spoils what they hold, every MiB, so that a
@@ -358,7 +413,9 @@ class Memory:
         for slot in slots:
             item = (location, slot)
             if item in self.dirty:
-                if poison and not self.on_gpu(location):
+                if location in self.stores:
+                    self.stores[location].drop([slot])
+                elif poison and not self.on_gpu(location):
                     view = self.view(location, slot, self.places[location].slot_bytes)
                     view[:64] = POISON
                     view[-64:] = POISON
@@ -375,6 +432,8 @@ class Memory:
             place = self.places[location]
             if location in self.rows:
                 gone.setdefault(location, []).append(slot)
+            elif location in self.stores:
+                self.stores[location].drop([slot])
             elif self.on_gpu(location):
                 self.put(location, slot, np.full(place.slot_bytes, POISON, dtype=np.uint8))
             else:

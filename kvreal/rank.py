@@ -93,8 +93,10 @@ class Local:
         port = file.worker_ports[rank] if file.worker_ports else 0
         network = Endpoints(f"{file.host}:{port}", curve=keys)
         self.address: str = network.address
-        memory = Memory(shared, file.arena, file.arena_bytes)
-        tempfile.tempdir = file.disk_path or tempfile.tempdir
+        memory = self.memory = Memory(shared, file.arena, file.arena_bytes)
+        memory.disk_path = file.disk_path
+        if shared:
+            tempfile.tempdir = file.disk_path or tempfile.tempdir
         slot_bytes = file.namespace.chunk_tokens * file.namespace.bytes_per_token
         memory.lay_out(file.locations, slot_bytes)
         data = (endpoint_of(f"{file.host}:0").rpartition(":")[0], file.data_ports[rank] if file.data_ports else 0)
@@ -146,6 +148,7 @@ class Local:
 
     async def stop(self) -> None:
         await self.service.stop()
+        self.memory.close()
 
 
 def refusal(instance: str, why: str, rest: str) -> str:

@@ -127,17 +127,17 @@ class Synthetic:
     def fill(self, memory: Memory, task: StartFill, bytes_per_token: int) -> bool:
         for slot, key, tokens in zip(task.slots, task.keys, task.lens):
             nbytes = tokens * bytes_per_token
-            if memory.on_gpu(task.location):
+            if memory.mapped(task.location):
+                fill(memory.view(task.location, slot, nbytes), key, tokens, bytes_per_token)
+            else:
                 scratch = blank(nbytes)
                 fill(scratch, key, tokens, bytes_per_token)
-                memory.put(task.location, slot, scratch)
-            else:
-                fill(memory.view(task.location, slot, nbytes), key, tokens, bytes_per_token)
+                memory.put(task.location, slot, scratch, key)
         return True
 
     def read(self, memory: Memory, task: StartRead, bytes_per_token: int) -> bool:
         ok = True
         for slot, key, tokens in zip(task.slots, task.keys, task.lens):
-            view = memory.get(task.location, slot, tokens * bytes_per_token)
+            view = memory.get(task.location, slot, tokens * bytes_per_token, key)
             ok = check(view, key, tokens, bytes_per_token) < 0 and ok
         return ok

@@ -18,6 +18,7 @@ from kvcore.protocol.machine import FillDone, ReadDone, StartFill, StartRead
 from kvreal.engines import synthetic
 from kvreal.engines.base import Engine
 from kvreal.memory import Memory
+from kvreal.store import DiskError
 from kvreal.transfer.job import Fate
 
 log = logging.getLogger("kvmove.engine")
@@ -92,7 +93,7 @@ class EngineThread:
             nbytes = task.lens[middle] * job.bytes_per_token
             spoiled = self.memory.get(task.location, task.slots[middle], nbytes).copy()
             spoiled[nbytes // 2] ^= 0xFF
-            self.memory.put(task.location, task.slots[middle], spoiled)
+            self.memory.put(task.location, task.slots[middle], spoiled, task.keys[middle])
         return ok and not fate.fail
 
     def _read(self, job: Job, task: StartRead) -> bool:
@@ -113,7 +114,12 @@ def check_all(
     count = 0
     spoiled: List[Tuple[int, bytes, int]] = []
     for key, slot, tokens in chunks:
-        view = memory.get(location, slot, tokens * bytes_per_token)
+        try:
+            view = memory.get(location, slot, tokens * bytes_per_token, key)
+        except DiskError as error:
+            log.warning("%s", error)
+            spoiled.append((slot, key, 0))
+            continue
         offset = synthetic.check(view, key, tokens, bytes_per_token)
         count += len(view)
         if offset >= 0:

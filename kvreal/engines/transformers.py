@@ -213,11 +213,13 @@ class TransformersEngine:
 
     def read(self, memory: Memory, task: StartRead, bytes_per_token: int) -> bool:
         """``kvreal.engines.base``"""
-        for chunk, table, start, tokens in self._chunks(memory, task, bytes_per_token):
+        for chunk, table, start, tokens in self._chunks(memory, task, bytes_per_token, loading=True):
             self.copies.load([table], start, tokens, chunk)
         return True
 
-    def _chunks(self, memory: Memory, task: Any, bytes_per_token: int) -> Iterator[Tuple[Tensor, List[int], int, int]]:
+    def _chunks(
+        self, memory: Memory, task: Any, bytes_per_token: int, loading: bool = False
+    ) -> Iterator[Tuple[Tensor, List[int], int, int]]:
         """(bytes in the slot, block table, first token, tokens) of each chunk. KeyError: nobody said where it lies."""
         self.layout.fits(bytes_per_token)
         for number, key, n in zip(task.slots, task.keys, task.lens):
@@ -225,7 +227,15 @@ class TransformersEngine:
                 prompt, start, tokens = self.there[key]
                 if tokens != n:
                     raise KeyError(f"a chunk of {n} tokens, {tokens} expected")
-                yield slots.slot(memory, task.location, number, n * bytes_per_token), prompt.table, start, n
+                nbytes = n * bytes_per_token
+                if not memory.on_disk(task.location):
+                    yield slots.slot(memory, task.location, number, nbytes), prompt.table, start, n
+                elif loading:
+                    yield torch.from_numpy(memory.get(task.location, number, nbytes, key)), prompt.table, start, n
+                else:
+                    chunk = torch.empty(nbytes, dtype=torch.uint8)
+                    yield chunk, prompt.table, start, n  # whoever takes the next has filled this one
+                    memory.put(task.location, number, chunk.numpy(), key)
 
 
 class Served(msgspec.Struct, frozen=True):

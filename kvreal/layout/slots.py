@@ -8,15 +8,17 @@ import torch
 
 from kvreal.layout import gpu
 from kvreal.layout.paged import Paged, Tables
-from kvreal.memory import Memory
+from kvreal.memory import Memory, SlabError
 
 Tensor = Any
 
 
 def slot(memory: Memory, location: str, number: int, nbytes: int) -> Tensor:
     """The first ``nbytes`` bytes of a slot as uint8, not a copy, on whatever device the location lies.
-    SlabError if there is no such slot."""
+    SlabError if there is no such slot, or none that has a place in memory."""
     memory.check(location, number, nbytes)
+    if memory.on_disk(location):
+        raise SlabError(f"{location} is on a disk: its bytes cannot be looked at in place")
     slab, _ = memory.homes[location]
     first = memory.start(location, number)
     if slab.tensor is not None:

@@ -25,6 +25,8 @@ import msgspec
 from kvcore.protocol.messages import Rid
 from kvcore.scenario.topology import kind_of
 from kvreal.memory import Bytes, Memory, copy_bytes
+from kvreal.store import DiskError
+from kvreal.transfer import file
 from kvreal.transfer.carrier import Carrier, Link
 from kvreal.transfer.flow import BATCH_BYTES, Flow
 from kvreal.transfer.frames import TransferError
@@ -220,7 +222,7 @@ class Transfer:
                 state, why = "failed", "injected failure"
         except Stopped:
             state = "stopped"
-        except (TransferError, OSError) as error:
+        except (TransferError, DiskError, OSError) as error:
             state, why = "failed", str(error) or type(error).__name__
         except Exception as error:  # whatever a transport's library raises ends this copy, never the node
             state, why = "failed", f"{type(error).__name__}: {error}"
@@ -271,7 +273,8 @@ class Transfer:
         self.memory.alone(location, slot)
         spoiled = self.memory.get(location, slot, size).copy()
         spoiled[size // 2] ^= 0xFF
-        self.memory.put(location, slot, spoiled)
+        key = job.copy.effect.keys[len(job.spans) // 2] if job.copy.effect.keys else b""
+        self.memory.put(location, slot, spoiled, key)
 
     def _carry_locally(self, job: Job) -> str:
         """Between two locations of this process."""
@@ -283,6 +286,9 @@ class Transfer:
             job.moved = job.nbytes
             return "arena"
         self.memory.soil(to, into, poison=True)
+        if self.memory.on_disk(to) or self.memory.on_disk(fro):
+            file.carry(job, self.memory, self.flow, to, fro)
+            return "file"
         for mine, theirs, size in job.spans:
             target, source = (mine, theirs) if effect.read else (theirs, mine)
             if self.memory.on_gpu(to) or self.memory.on_gpu(fro):

@@ -10,6 +10,7 @@ bytes are dealt in stripes, the first to the first stream and so on, so that bot
 from __future__ import annotations
 
 import contextlib
+import logging
 import queue
 import socket
 import threading
@@ -19,11 +20,14 @@ import numpy as np
 
 from kvcore.scenario.topology import kind_of
 from kvreal.memory import Bytes, Memory
+from kvreal.store import DiskError
 from kvreal.transfer.carrier import Carrier, Link
 from kvreal.transfer.flow import BATCH_BYTES
 from kvreal.transfer.frames import TransferError
-from kvreal.transfer.job import Job, Stopped
+from kvreal.transfer.job import Job
 from kvreal.transfer.window import Window, hang_up
+
+log = logging.getLogger("kvmove.transfer")
 
 ACK: Final = b"\x06"
 PIECE_BYTES: Final = 4 << 20
@@ -66,7 +70,7 @@ class SocketCarrier(Carrier):
             self._move(job, streams)
             if not read:
                 self._settle(job, socks)
-        except Stopped:
+        except Exception:  # stopped, or what it reads from cannot be read
             if not read:
                 stop()
                 for sock in socks:
@@ -81,7 +85,8 @@ class SocketCarrier(Carrier):
         read = effect.read
         spans = [(slot, size) for slot, _, size in job.spans]
         spoil = job.copy.fate.corrupt and not read
-        for batch in batches(self.memory, effect.location, spans, self.flow.batch(job), fill=not read):
+        limit = self.flow.batch(job)
+        for batch in batches(self.memory, effect.location, spans, limit, fill=not read, keys=effect.keys):
             self.flow.turn(job, batch.nbytes)
             try:
                 whole = streams.carry(_spoilt(batch.views) if spoil else batch.views)
@@ -101,16 +106,24 @@ class SocketCarrier(Carrier):
         """Wait until the target has put everything away, or has hung up and so puts nothing away any more."""
         if [_answer(sock) for sock in socks] != [ACK] * len(socks):
             job.check()
-            raise TransferError(f"{job.copy.effect.peer} did not take the bytes")
+            raise TransferError(f"{job.copy.effect.peer} did not take the bytes, or could not put them away")
 
     # ---- the side whose memory is touched
     def serve(self, window: Window) -> bool:
+        try:
+            return self._served(window)
+        except DiskError as error:
+            log.warning("a copy with %s fails: %s", window.hello.peer, error)
+            return False
+
+    def _served(self, window: Window) -> bool:
         hello = window.hello
         position = 0
-        for batch in batches(self.memory, hello.location, hello.spans, BATCH_BYTES, fill=hello.kind == "read"):
+        fill = hello.kind == "read"
+        for batch in batches(self.memory, hello.location, hello.spans, BATCH_BYTES, fill=fill, keys=hello.keys):
             views = dealt(batch.views, position, hello.parts)[hello.part]
             position += batch.nbytes
-            if hello.kind == "read":
+            if fill:
                 send_all(window.sock, views)
             elif window.revoked or not receive_into(window.sock, views):
                 return False
@@ -203,13 +216,18 @@ class Batch:
 
 
 def batches(
-    memory: Memory, location: str, spans: Sequence[Tuple[int, int]], limit: int, fill: bool = True
+    memory: Memory,
+    location: str,
+    spans: Sequence[Tuple[int, int]],
+    limit: int,
+    fill: bool = True,
+    keys: Sequence[bytes] = (),
 ) -> Iterator[Batch]:
     """The bytes of (slot, bytes) spans in order, at most ``limit`` (or one staged slot) at a time. ``fill``: they are
-    read; otherwise they are about to be written."""
+    read; otherwise they are about to be written. ``keys``: the chunks', if they are known."""
     if not memory.mapped(location):
-        for slot, size in spans:
-            yield _staged(memory, location, slot, size, fill)
+        for (slot, size), key in zip(spans, keys or [b""] * len(spans)):
+            yield _staged(memory, location, slot, size, fill, key)
         return
     views: List[Bytes] = []
     nbytes = 0
@@ -228,11 +246,11 @@ def batches(
         yield Batch(views)
 
 
-def _staged(memory: Memory, location: str, slot: int, size: int, fill: bool) -> Batch:
+def _staged(memory: Memory, location: str, slot: int, size: int, fill: bool, key: bytes) -> Batch:
     if fill:
-        return Batch([memory.get(location, slot, size)])
+        return Batch([memory.get(location, slot, size, key)])
     buffer: Bytes = np.empty(size, dtype=np.uint8)
-    return Batch([buffer], lambda: memory.put(location, slot, buffer))
+    return Batch([buffer], lambda: memory.put(location, slot, buffer, key))
 
 
 def send_all(sock: socket.socket, views: Sequence[Bytes]) -> None:

@@ -31,7 +31,7 @@ def pair() -> Tuple[Memory, Memory]:
         noise = np.random.default_rng(at).integers(0, 256, SLOT, dtype=np.uint8)
         one.put(CPU, at, noise)
         other.put(CPU, SLOTS - 1 - at, noise)
-        other.put(DISK, at, noise)
+        other.put(DISK, at, noise, KEYS[at])
     return one, other
 
 

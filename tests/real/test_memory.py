@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -76,15 +77,23 @@ def test_no_slot_no_view(location: str, slot: int, nbytes: int) -> None:
         memory.view(location, slot, nbytes)
 
 
-def test_a_disk_location_is_a_file_that_has_no_name() -> None:
+def test_a_disk_location_is_a_file_that_has_no_name_and_no_view() -> None:
     memory = Memory()
     memory.lay_out([("LocalDiskBackend", 2)], 4096)
+    memory.put("LocalDiskBackend", 1, np.full(4096, 5, dtype=np.uint8), b"key")
+    assert (memory.get("LocalDiskBackend", 1, 4096, b"key") == 5).all()
+    assert not memory.mapped("LocalDiskBackend") and not memory.on_gpu("LocalDiskBackend")
+    with pytest.raises(SlabError, match="LocalDiskBackend is on a disk"):
+        memory.view("LocalDiskBackend", 1, 4096)
+    files = [os.readlink(path) for path in Path("/proc/self/fd").iterdir() if path.is_symlink()]
+    assert [name for name in files if name.startswith(tempfile.gettempdir()) and name.endswith(" (deleted)")]
+
+
+def test_what_an_engines_process_maps_too_is_a_mapped_file() -> None:
+    memory = Memory(shared=True)
+    memory.lay_out([("LocalDiskBackend", 2)], 4096)
     memory.view("LocalDiskBackend", 1, 4096)[:] = 5
-    maps = Path("/proc/self/maps").read_text().splitlines()
-    mapped = [line for line in maps if "kvreal-" in line or "(deleted)" in line]
-    assert mapped, "not backed by a file"
-    names = [line.split(maxsplit=5)[5].strip() for line in mapped if len(line.split(maxsplit=5)) > 5]
-    assert not [name for name in names if name.startswith("/") and os.path.exists(name) and "kvreal-" in name]
+    assert memory.mapped("LocalDiskBackend") and not memory.on_disk("LocalDiskBackend")
 
 
 def test_more_memory_than_there_can_be_is_refused_in_one_line() -> None:

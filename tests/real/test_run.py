@@ -45,7 +45,7 @@ def test_between_tiers_of_one_instance(pool: Pool) -> None:
     body = MOVE.replace("to: b/LocalCPUBackend", "to: a/LocalDiskBackend")
     result = run(scenario(body), pool=pool)
     assert result.clean and result.placement == {"a/LocalDiskBackend": {"p": 200}}
-    assert result.transport == "memcpy"
+    assert result.transport == "file"
 
 
 def test_disk_to_another_instance(pool: Pool) -> None:

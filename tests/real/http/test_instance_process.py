@@ -163,7 +163,7 @@ def test_up_starts_a_topology_and_ctrl_c_ends_it_cleanly(tmp_path: Path) -> None
         complete(ports["a"], prompt)
         for source, target, via in (
             ("a/LocalCPUBackend", "b/LocalCPUBackend", "tcp"),
-            ("b/LocalCPUBackend", "b/LocalDiskBackend", "memcpy"),  # within one process
+            ("b/LocalCPUBackend", "b/LocalDiskBackend", "file"),  # within one process
         ):
             argv = ["move", source, target, "--tokens", str(prompt), "--url", f"http://localhost:{port}"]
             moved = start("move", argv)
