@@ -21,7 +21,7 @@ from kvmove.cli import call
 from kvreal import keys, lend
 from kvreal.borrow import Away, Borrowed, PeerError, place, prove, read_token, secret_of
 from kvreal.pool import LOOPBACK, HostError, Pool, is_stopped
-from kvreal.run import run
+from kvreal.run import RunError, run
 from tests.real.http.processes import Command, commands, until
 from tests.real.scenarios import scenario
 
@@ -133,6 +133,23 @@ def test_a_peer_that_ends_takes_its_nodes_along(waiting: tuple[Command, tuple[st
         assert command.stop() == 0
         assert not Path(f"/proc/{pid}").exists() and not folder.exists()
         assert not host.alive() and "gives no answer" in host.status()
+
+
+def test_a_peer_that_is_killed_takes_its_nodes_along_too(
+    tmp_path: Path, waiting: tuple[Command, tuple[str, int], bytes]
+) -> None:
+    """The kernel kills them; a run that was going on says who has gone."""
+    command, address, secret = waiting
+    with Borrowed(address, secret, "tcp") as there, Pool("tcp", secret=secret) as here:
+        host = there.take(1)[0]
+        (pid,) = children(command.process.pid)
+        command.process.kill()
+        command.process.wait()
+        until(lambda: not Path(f"/proc/{pid}").exists(), lambda: "the node is left")
+        there.give_back(host, True)
+        with pytest.raises(RunError, match="gives no answer|cannot be reached"):
+            run(scenario(), pool=here, elsewhere={"b": there})
+        shutil.rmtree(there.loan.folder)  # what nobody is left to remove
 
 
 def test_strangers_are_hung_up_on(tmp_path: Path, waiting: tuple[Command, tuple[str, int], bytes]) -> None:
