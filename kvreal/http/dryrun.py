@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Dict, Final, List, Sequence, Tuple
+from typing import Dict, Final, List, Optional, Sequence, Tuple
 
 from kvcore.protocol.chunks import namespace_mismatch
 from kvcore.protocol.controller import Controller
 from kvcore.protocol.messages import Key, Position
 from kvcore.protocol.registry import Place, Registry
-from kvcore.scenario.profile import Profile
+from kvcore.scenario.profile import AUTO, CopyCost, Profile, kind_of
 from kvreal.http.models import DryRunReply
 from kvreal.http.status import Reply, refusal
 
@@ -48,7 +48,8 @@ def dry_run(
     sizes = [rank.register.namespace.bytes_per_token for rank in sources]
     held = sum(tokens for _, tokens in chunks)
     fits = len(absent) <= (free if if_room else min(slots))
-    move_s = _seconds(profile, len(absent), [sum(absent) * size for size in sizes])
+    cost = profile.cost(AUTO, kind_of(src[1]), kind_of(dst[1]), src[0] == dst[0])
+    move_s = _seconds(profile, cost, len(absent), [sum(absent) * size for size in sizes])
     recompute_s = held / prefill_tokens_per_s
     reply = DryRunReply(
         num_tokens=held if fits or not if_room else 0,
@@ -85,10 +86,13 @@ def _has(registry: Registry, place: Place, key: Key) -> bool:
     return registry.holders.get(key, {}).get(place, 0) >= place.ranks
 
 
-def _seconds(profile: Profile, chunks: int, rank_bytes: Sequence[int]) -> float:
-    """Ranks copy at the same time; the host's memory is shared."""
+def _seconds(profile: Profile, cost: Optional[CopyCost], chunks: int, rank_bytes: Sequence[int]) -> float:
+    """Ranks copy at the same time; the host's memory is shared. ``cost``: if the profile has measured such copies."""
     control = MESSAGES * (profile.message_latency_ns + profile.service_ns) + RECORDS * profile.journal_ns
     if not chunks:
         return control / 1e9
+    if cost is not None:
+        shared_ns = sum(rank_bytes) * 1e9 / cost.host_bytes_per_s if cost.host_bytes_per_s else 0.0
+        return (control + cost.overhead_ns(chunks) + max(cost.bytes_ns(max(rank_bytes)), shared_ns)) / 1e9
     copy_s = max(max(rank_bytes) / profile.copy_bytes_per_s, sum(rank_bytes) / profile.host_bytes_per_s)
     return (control + profile.transfer_overhead_ns(chunks)) / 1e9 + copy_s

@@ -188,6 +188,14 @@ def test_it_measures_this_machine_and_writes_what_the_simulator_reads(
     scenario = str(SCENARIOS / "smoke/move.yaml")
     assert call(["run", scenario, "--on", "both", "--transport", "socket", "--set", f"network.profile={path}"]) == 0
     assert call(["calibrate", "--against", str(path), "--quick", "--transport", "socket", "--no-check"]) == 0
+    assert "was measured on" not in capsys.readouterr()[1]
+    elsewhere = tmp_path / "elsewhere.yaml"
+    elsewhere.write_text(path.read_text().replace(f'host: "{profile.made.host}"', 'host: "000000000000"'))
+    assert (
+        call(["run", scenario, "--on", "both", "--transport", "socket", "--set", f"network.profile={elsewhere}"]) == 0
+    )
+    (line,) = [line for line in capsys.readouterr()[1].splitlines() if "was measured on" in line]
+    assert line == f"kvmove: {elsewhere} was measured on another {profile.made.cpu}: it predicts that machine"
     assert "Traceback" not in "".join(capsys.readouterr())
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from typing import Any, Dict, List, Optional, Tuple
 
 import msgspec
@@ -31,7 +32,7 @@ from kvcore.protocol.messages import (
     Reserved,
     event_id,
 )
-from kvcore.scenario.profile import Profile
+from kvcore.scenario.profile import CopyCost, Profile
 from kvreal.http import models as b
 from kvreal.http.dryrun import dry_run
 from kvreal.http.events import STREAM_QUEUE, EventLog
@@ -332,6 +333,7 @@ def test_a_drain_that_a_restart_ended_has_what_it_had_moved(with_details: bool) 
 class Kept:
     def __init__(self) -> None:
         self.rows: Dict[int, bytes] = {}
+        self.times: Dict[int, int] = {}
 
     def keep(self, event: int, record: bytes) -> None:
         self.rows[event] = record
@@ -340,7 +342,7 @@ class Kept:
         return list(self.rows.items())
 
     def began(self) -> Dict[int, int]:
-        return {FIRST: 999 * S}
+        return self.times
 
 
 @pytest.mark.parametrize("with_details", [True, False])
@@ -379,15 +381,22 @@ def test_a_restarted_log_knows_what_the_journal_knows(with_details: bool) -> Non
     assert failed.bytes is msgspec.UNSET
 
 
-def test_a_pin_that_a_restart_found_has_when_it_began() -> None:
+def test_a_pin_that_a_restart_found_has_when_it_began_and_when_it_ends_at_the_least() -> None:
+    now = time.time_ns()
     request = PinRequest("op", ("a", CPU), (b"k1",), (4,), 60 * S)
     machine = Controller(ControllerSpec("ctl", Config()))
-    log = EventLog(machine, Kept())
+    keeper = Kept()
+    keeper.times = {FIRST: now - 20 * S}
+    log = EventLog(machine, keeper)
     boot = m.Boot(journal=(m.Begin(FIRST, request),))
-    log.step(1_000 * S, boot, machine.handle(1_000 * S, boot))
+    log.step(now, boot, machine.handle(now, boot))
     view = log.get(FIRST)
     assert view is not None
-    assert (view.state, view.begun) == ("held", 999.0)
+    assert (view.state, view.begun) == ("held", (now - 20 * S) / 1e9)
+    assert isinstance(view.expires_in_s, float)
+    assert view.expires_in_s <= 40, "it began 20 s before the restart"
+    machine.fanouts.keep(now + S, FIRST, request)
+    assert log.expires_in_s(FIRST) > 50
 
 
 def test_ended_events_are_kept_by_count() -> None:
@@ -473,3 +482,5 @@ def test_a_dry_run_reckons_with_the_profile() -> None:
     assert (slow.recompute_s, slow.recompute_is_quicker) == (8.0, False)
     assert reply(1000.0).recompute_is_quicker
     assert reply(1.0, (b"absent",)).num_tokens == 0
+    profile = Profile(copies=(CopyCost(transport="t", rates=((1, 20.0),)),))
+    assert reply(1.0).move_s == pytest.approx(2.0, abs=0.01), "what was measured of such copies counts"
