@@ -125,6 +125,8 @@ class EventLog:
                     kept.frozen = brief(self._decode(unpacked(frozen)))
                     self._child_ended(kept.frozen)
         for number, kept in list(self.records.items()):
+            hold = self.machine.timers.deadlines.get(("hold", number, 0))
+            kept.restored_hold_ns = hold[0] if hold is not None else 0
             event = moves.events.get(number)
             if event is not None:
                 kept.event = event
@@ -342,5 +344,10 @@ class EventLog:
         deadline = self.machine.timers.deadlines.get(("hold", number, 0))
         if deadline is None:
             return 0.0
-        left = deadline[0] - self.machine.spec.config.retry_ns - time.time_ns()
-        return max(0.0, round(left / 1e9, 3))
+        ends_ns = deadline[0] - self.machine.spec.config.retry_ns
+        record = self.records.get(number)
+        pin = self.machine.fanouts.pins.get(number)
+        if record is not None and pin is not None and deadline[0] == record.restored_hold_ns and record.begun_ns:
+            # The machine only knows that it ends no later than if it had begun at the restart.
+            ends_ns = min(ends_ns, record.begun_ns + pin.lease_ns)
+        return max(0.0, round((ends_ns - time.time_ns()) / 1e9, 3))

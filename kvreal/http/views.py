@@ -46,6 +46,8 @@ class Record:
         #: found in the journal: what had been heard of it went with an earlier life of the controller
         self.restored: bool = not known
         self.begun_ns: int = now if known else 0
+        #: of a pin that was found in the journal: its deadline then, reckoned from the restart
+        self.restored_hold_ns: int = 0
         self.ended_ns: int = 0
         #: state -> when it was entered, ns
         self.entered: Dict[str, int] = {}
