@@ -9,6 +9,8 @@ from typing import Dict, List, Optional, Sequence, Tuple
 from kvcore.protocol.messages import Key, Namespace
 
 KEY_BYTES = 32
+STEP_BYTES = 64 << 20
+"""What a move that goes prefix by prefix makes visible at a time, where nothing else is said."""
 ROOTS = 256
 """Roots that are remembered: every prompt begins with one."""
 
@@ -80,3 +82,8 @@ def namespace_mismatch(one: Namespace, other: Namespace) -> Optional[Tuple[str, 
     left = ", ".join(f"{name}={getattr(one, name)}" for name in names)
     right = ", ".join(f"{name}={getattr(other, name)}" for name in names)
     return left, right
+
+
+def step_chunks(namespace: Namespace) -> int:
+    """STEP_BYTES in chunks of one rank, at least one."""
+    return max(1, STEP_BYTES // max(1, namespace.chunk_tokens * namespace.bytes_per_token))

@@ -83,6 +83,8 @@ class Config(msgspec.Struct, frozen=True, gc=False, forbid_unknown_fields=True, 
     events_kept: int = 100_000
     events_max: int = 100_000
     """Events in flight; beyond that a move is refused as busy."""
+    drain_window: int = 4
+    """Chains of a drain that move at once. Those that begin with the same chunk go one after another."""
     push: bool = False
     """Who moves the bytes: the destination reads (False) or the source pushes (True)."""
     rules: Rules = ALL_RULES
@@ -93,6 +95,8 @@ class Config(msgspec.Struct, frozen=True, gc=False, forbid_unknown_fields=True, 
             value = getattr(self, name)
             if name.endswith("_ns") and value <= 0:
                 raise ConfigError(f"{name} is {value}, expected a duration above 0")
+        if self.drain_window < 1:
+            raise ConfigError(f"drain_window is {self.drain_window}, expected 1 or more")
         for small, factor, large, times in _INEQUALITIES:
             left = getattr(self, small) * factor
             right = getattr(self, large) * times

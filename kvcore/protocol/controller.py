@@ -219,7 +219,7 @@ class Controller(Machine):
             return
         difference = namespace_mismatch(sources[0].register.namespace, destinations[0].register.namespace)
         why = ("mismatch", f"source {difference[0]}; destination {difference[1]}") if difference else ("", "")
-        if m.keys or difference:
+        if difference or (m.keys and not (m.step and len(self.drains.prefixes(m)) > 1)):
             self.moves.begin(now, src, m, sources, destinations, why, out)
         else:
             self.drains.begin(now, src, m, out)
@@ -261,15 +261,14 @@ class Controller(Machine):
 
     def on_cancel(self, now: int, src: str, m: CancelRequest, out: List[Effect]) -> None:
         drain = self.drains.open.get(m.event)
-        event = self.moves.events.get(drain.child if drain is not None else m.event)
+        event = self.moves.events.get(m.event)
         if drain is not None:
-            drain.cancelled = "cancelled"
-        if event is not None and event.state != RELEASING:
+            self.drains.cancel(now, drain, out)
+            if m.event in self.drains.open:  # chains that have been decided go on to their ends; no other begins
+                out.append(Send(src, self.drains.answer(m.event, m.op)))
+                return
+        elif event is not None and event.state != RELEASING:
             self.moves.fail(now, event, "cancelled", out)
-        elif drain is not None:
-            # The chain that runs has been decided; no other begins.
-            out.append(Send(src, self.drains.answer(m.event, m.op)))
-            return
         elif event is not None:
             answer = self.moves.answer(m.event, m.op)
             out.append(Send(src, Answer(m.op, answer.state, answer.num_tokens, m.event, "too_late", n=answer.n)))

@@ -1,5 +1,9 @@
-"""Moving all that a place holds: the controller fixes the list, cuts it into root-to-leaf chains and runs one move a
-chain, one after another. The sum is the drain's answer; what could not be moved fails it by name."""
+"""Many moves that are one event: all that a place holds (a drain), or one prompt prefix by prefix (a stepped move).
+
+The controller fixes the list, cuts it into chains and runs one move a chain, some at once: the pins and reservations of
+one go on while another's bytes cross. Chains that begin with the same chunk follow one another, so that what they share
+crosses once. The sum is the event's answer; what could not be moved fails it by name.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,7 @@ from typing import Dict, List, Sequence, Tuple, final
 
 from kvcore.protocol.chunks import namespace_mismatch
 from kvcore.protocol.config import Config
-from kvcore.protocol.coordinator import COPYING, DONE, FAILED, Coordinator, Event
+from kvcore.protocol.coordinator import COPYING, DONE, FAILED, RELEASING, Coordinator, Event
 from kvcore.protocol.machine import Begin, Decide, Effect, Journal, Outcome, Promised, Send
 from kvcore.protocol.messages import Answer, Key, MoveRequest, Position
 from kvcore.protocol.registry import Registry
@@ -25,9 +29,12 @@ class Drain:
         self.deadline_ns: int = deadline_ns
         self.places: List[Position] = [request.dst, *request.also]
         self.next: int = 0
-        #: destinations that the chain before ``next`` has been offered to
-        self.tried: int = 0
-        self.child: int = 0
+        #: moves under way: event -> (its chain, how many destinations it has been offered to)
+        self.children: Dict[int, Tuple[int, int]] = {}
+        #: its chains are being begun: whoever ends meanwhile is seen to there
+        self.beginning: bool = False
+        #: chains that found no place to begin at
+        self.unbegun: List[int] = []
         #: chunk key -> tokens: chains share their heads, a chunk counts once
         self.planned: Dict[Key, int] = {key: n for keys, lens in chains for key, n in zip(keys, lens)}
         self.moved: Dict[Key, int] = {}
@@ -47,6 +54,20 @@ class Drain:
             self.left.append(f"{chunks} chunks: {reason or 'destination full'}")
         elif kept and why not in ("child_here", "gone"):
             self.left.append(f"{kept} chunks: kept, {why}")
+
+    @property
+    def stepped(self) -> bool:
+        """A move prefix by prefix. All but its last chain are copies: the source keeps all until that one is done."""
+        return bool(self.request.keys)
+
+    def may_begin(self, window: int) -> bool:
+        """Whether the next chain may, beside those that move now."""
+        if self.cancelled or self.next >= len(self.chains) or len(self.children) >= window:
+            return False
+        if self.stepped and self.left:
+            return False
+        root = self.chains[self.next][0][0]
+        return all(self.chains[chain][0][0] != root for chain, _ in self.children.values())
 
     def num_tokens(self) -> int:
         return sum(self.planned.values())
@@ -79,8 +100,9 @@ class Drains:
         out.append(Journal(Begin(number, m)))
         self.moves.name_event(number, m)
         deadline_ns = now + (m.deadline_ns or self.config.deadline_ns)
-        drain = Drain(number, m, client, self.registry.chains(m.src), deadline_ns)
-        orphans = self.registry.count(m.src) - len(drain.planned)
+        chains = self.prefixes(m) if m.keys else self.registry.chains(m.src)
+        drain = Drain(number, m, client, chains, deadline_ns)
+        orphans = 0 if m.keys else self.registry.count(m.src) - len(drain.planned)
         if orphans:
             drain.left.append(f"{orphans} chunks: some rank lacks them or an ancestor")
         self.open[number] = drain
@@ -90,55 +112,83 @@ class Drains:
         self._on(now, drain, out)
         drain.announced = True
 
+    def prefixes(self, m: MoveRequest) -> List[Chain]:
+        """The prefixes that a stepped move goes through, the last of them all that the source holds of the prompt."""
+        found = self.registry.lookup(m.keys, m.lens)
+        held = [one.num_tokens for one in found if (one.instance, one.location) == m.src]
+        n, tokens = 0, 0
+        while held and n < len(m.keys) and tokens + m.lens[n] <= held[0]:
+            tokens += m.lens[n]
+            n += 1
+        ends = list(range(m.step, n, m.step)) + [n]
+        return [(m.keys[:end], m.lens[:end]) for end in ends] if n else []
+
     def _on(self, now: int, drain: Drain, out: List[Effect]) -> None:
-        """Begin the next chain's move, or end the drain."""
-        if drain.next < len(drain.chains) and not drain.cancelled:
+        """Begin moves of the chains that may begin, or end the drain."""
+        if drain.beginning:
+            return
+        drain.beginning = True
+        while drain.may_begin(self.config.drain_window):
             drain.next += 1
-            drain.tried = 0
-            self._offer(now, drain, out)
-        else:
+            self._offer(now, drain, drain.next - 1, 0, out)
+        drain.beginning = False
+        if not drain.children and drain.number in self.open:
             self._end(now, drain, out)
 
-    def _offer(self, now: int, drain: Drain, out: List[Effect]) -> None:
+    def _offer(self, now: int, drain: Drain, chain: int, tried: int, out: List[Effect]) -> None:
         """Chains go to the destinations in turn; one that cannot be taken is offered to the next of them."""
         m = drain.request
-        dst = drain.places[(drain.next - 1 + drain.tried) % len(drain.places)]
-        drain.tried += 1
+        dst = drain.places[(chain + tried) % len(drain.places)]
         sources, reason, detail = self.registry.place(m.src)
         destinations = None
         if sources is not None:
             destinations, reason, detail = self.registry.place(dst)
         if sources is None or destinations is None or now >= drain.deadline_ns:
-            drain.cancelled = reason or "deadline"
-            drain.next -= 1
-            self._end(now, drain, out)
+            drain.cancelled = drain.cancelled or reason or "deadline"
+            drain.unbegun.append(chain)
             return
-        keys, lens = drain.chains[drain.next - 1]
+        keys, lens = drain.chains[chain]
         left_ns = drain.deadline_ns - now
-        child = MoveRequest(f"{m.op}/{drain.next}", m.src, dst, keys, lens, m.copy, "", left_ns, m.evict, (), m.terms)
+        copy = m.copy or (drain.stepped and chain + 1 < len(drain.chains))
+        child = MoveRequest(f"{m.op}/{chain + 1}", m.src, dst, keys, lens, copy, "", left_ns, m.evict, (), m.terms)
         difference = namespace_mismatch(sources[0].register.namespace, destinations[0].register.namespace)
         why = ("mismatch", f"source {difference[0]}; destination {difference[1]}") if difference else ("", "")
-        drain.child = self.moves.new_event()
-        self.parents[drain.child] = drain.number
-        self.moves.begin(now, "", child, sources, destinations, why, out, drain.child, drain.number)
+        number = self.moves.new_event()
+        self.parents[number] = drain.number
+        drain.children[number] = (chain, tried + 1)
+        self.moves.begin(now, "", child, sources, destinations, why, out, number, drain.number)
 
     def child_ended(self, now: int, event: Event, out: List[Effect]) -> None:
         """An event has ended; if it moved a chain of mine, the drain goes on."""
         drain = self.open.get(self.parents.pop(event.number, 0))
         if drain is None:
             return
-        if event.state == FAILED and drain.tried < len(drain.places) and not drain.cancelled:
-            self._offer(now, drain, out)
-            return
-        kept = max([item.kept for item in event.released if item is not None] or [0])
-        why = next((item.why for item in event.released if item is not None and item.kept), "")
-        drain.child_ended(event.request, event.state, event.reason, event.n, kept, why)
+        chain, tried = drain.children.pop(event.number)
+        if event.state == FAILED and tried < len(drain.places) and not drain.cancelled:
+            self._offer(now, drain, chain, tried, out)
+        else:
+            kept = max([item.kept for item in event.released if item is not None] or [0])
+            why = next((item.why for item in event.released if item is not None and item.kept), "")
+            drain.child_ended(event.request, event.state, event.reason, event.n, kept, why)
+        self._on(now, drain, out)
+
+    def cancel(self, now: int, drain: Drain, out: List[Effect]) -> None:
+        """No chain begins any more, and those that are not decided fail."""
+        drain.cancelled = "cancelled"
+        drain.beginning = True
+        for number in list(drain.children):
+            event = self.moves.events.get(number)
+            if event is not None and event.state != RELEASING:
+                self.moves.fail(now, event, "cancelled", out)
+        drain.beginning = False
         self._on(now, drain, out)
 
     def _end(self, now: int, drain: Drain, out: List[Effect]) -> None:
         del self.open[drain.number]
         if drain.cancelled:
-            drain.left.append(f"{len(drain.chains) - drain.next} chains not begun: {drain.cancelled}")
+            unbegun = len(drain.chains) - drain.next + len(drain.unbegun)
+            if unbegun or not drain.left:
+                drain.left.append(f"{unbegun} chains not begun: {drain.cancelled}")
         tokens = sum(drain.moved.values())
         state = FAILED if drain.left or not drain.planned else DONE
         reason = (drain.cancelled or "incomplete") if drain.left else "" if drain.planned else "nothing_held"

@@ -383,6 +383,8 @@ class MoveRequest(Message, frozen=True, gc=False):
     """client -> controller. Empty ``keys`` means all that ``src`` holds (drain). ``idem``: idempotency key.
 
     ``also``: more destinations of a drain, taken in turn. ``terms``: of its copies, over all ranks together.
+    ``step``: so many chunks at a time become visible at the destination, each longer prefix once it is whole; the
+    source lets go after the last. 0: all at once.
     """
 
     op: str
@@ -396,6 +398,7 @@ class MoveRequest(Message, frozen=True, gc=False):
     evict: bool = True
     also: Tuple[Position, ...] = ()
     terms: Optional[Terms] = None
+    step: int = 0
 
 
 class LookupRequest(Message, frozen=True, gc=False):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any, Callable, Dict, List, Mapping, Optional, Tuple
 
+from kvcore.protocol.chunks import step_chunks
 from kvcore.protocol.config import Config
 from kvcore.protocol.messages import (
     CancelRequest,
@@ -192,6 +193,7 @@ class Compiler:
             not body.if_room,
             (),
             self._terms(body),
+            step_chunks(self.own[src[0]]) if body.granularity == "prefix" else 0,
         )
         what = "all" if body.all else f"{body.prompt}, {sum(lens)} tokens"
         text = f"{what}: {body.src} -> {body.dst}{', copy' if body.copy else ''}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Final, Optional, Tuple, Union
+from typing import Annotated, Final, Literal, Optional, Tuple, Union
 
 from msgspec import Meta, field
 
@@ -33,7 +33,7 @@ class Move(Body, frozen=True, kw_only=True):
     """``prompt`` (its first ``tokens``), or ``all: true``: everything there, a drain. ``if_room``: evict nothing.
 
     ``priority``, ``weight``: whose bytes go first for real, and how those of one priority share; the simulator shares
-    alike. ``cap``: never faster.
+    alike. ``cap``: never faster. ``granularity: prefix``: longer and longer prefixes become visible on the way.
     """
 
     src: str = field(name="from")
@@ -48,6 +48,7 @@ class Move(Body, frozen=True, kw_only=True):
     priority: Annotated[int, Meta(ge=-100, le=100)] = 0
     weight: Annotated[int, Meta(ge=1, le=1000)] = 1
     cap: Optional[Rate] = None
+    granularity: Literal["move", "prefix"] = "move"
 
 
 class Lookup(Body, frozen=True, kw_only=True):

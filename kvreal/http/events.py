@@ -154,7 +154,9 @@ class EventLog:
     def _begun(self, now: int, begin: m.Begin, restoring: bool) -> None:
         number = begin.event
         request = begin.request
-        kind = "pin" if isinstance(request, PinRequest) else "drain" if not request.keys else "move"
+        kind = "pin" if isinstance(request, PinRequest) else "move" if request.keys else "drain"
+        if kind == "move" and number in self.machine.drains.open:
+            kind = "stepped"
         record = self.records[number] = Record(number, kind, now, not restoring)
         record.lens = request.lens
         machine = self.machine
@@ -168,13 +170,16 @@ class EventLog:
         record.drain = machine.drains.open.get(number)
         record.parent = begin.parent
         if record.parent in self.records:
-            children = self.records[record.parent].children
+            whole = self.records[record.parent]
+            if whole.kind == "move":  # of a life before this controller's
+                whole.kind = "stepped"
+            children = whole.children
             if len(children) < MAX_CHILDREN:
                 children.append(number)
         spaces = [rank.register.namespace for rank in machine.registry.instance(request.src[0]) or []]
         record.bytes_per_token = [space.bytes_per_token for space in spaces]
         record.block_tokens = max([space.block_tokens for space in spaces], default=1)
-        record.enter("copying" if kind == "drain" else "pinning", now)
+        record.enter("copying" if record.many else "pinning", now)
         self._prune(now)
 
     def _committed(self, src: str, message: Committed) -> None:
@@ -202,7 +207,7 @@ class EventLog:
             if record.frozen is None:
                 self._end(now, record)
             return
-        if record.drain is None and record.kind == "drain":
+        if record.drain is None and record.many:
             record.drain = self.machine.drains.open.get(record.number)
         if event is not None:
             record.enter(event.state, now)

@@ -11,7 +11,7 @@ import msgspec
 from msgspec import UNSET
 
 from kvcore.protocol import machine as m
-from kvcore.protocol.chunks import chunk_keys, packed_keys
+from kvcore.protocol.chunks import chunk_keys, packed_keys, step_chunks
 from kvcore.protocol.controller import Controller
 from kvcore.protocol.messages import (
     Answer,
@@ -103,6 +103,10 @@ class Face:
         namespace = self._namespace(instance)
         return _keys_of(namespace, tokens, salt) if namespace is not None else None
 
+    def _step(self, body: b.MoveBody) -> int:
+        namespace = self._namespace(body.old_position[0]) if body.granularity == "prefix" else None
+        return step_chunks(namespace) if namespace is not None else 0
+
     # ---- who is there
     def _nowhere(self, position: Position) -> Optional[Reply]:
         """Why there is no such place."""
@@ -151,6 +155,7 @@ class Face:
             "", body.old_position, body.new_position, keys, lens,
             copy=bool(body.copy or body.should_copy), idem=body.idempotency_key or idem,
             deadline_ns=round((body.deadline_s or 0) * NS), evict=not body.if_room, terms=terms_of(body),
+            step=self._step(body),
         )  # fmt: skip
         return self._moved(await self._begin(request), body.old_position, body.new_position)
 

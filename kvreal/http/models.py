@@ -5,7 +5,7 @@ A field that is not here is refused by name: ``cpy`` must not silently become a 
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Dict, List, Optional, Tuple, Union
+from typing import Annotated, Any, Dict, List, Literal, Optional, Tuple, Union
 
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
@@ -49,6 +49,10 @@ class MoveBody(Body, frozen=True):
     priority: Priority = 0
     weight: Weight = 1
     bandwidth_cap_bytes_per_s: Cap = None
+    granularity: Annotated[
+        Literal["move", "prefix"],
+        Meta(description="prefix: longer and longer prefixes are there on the way; the source keeps all until then."),
+    ] = "move"
     dry_run: Annotated[bool, Meta(description="Say what would move and what it would cost; move nothing.")] = False
 
 

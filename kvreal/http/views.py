@@ -75,6 +75,11 @@ class Record:
         self.frozen: Optional[EventView] = None
         self.whole: bytes = b""
 
+    @property
+    def many(self) -> bool:
+        """Several moves together."""
+        return self.kind in ("drain", "stepped")
+
     def enter(self, state: str, now: int) -> bool:
         """True if that is a new state."""
         if state == self.state and state in self.entered:
@@ -116,20 +121,20 @@ def view_of(record: Record, full: bool, expires_in_s: Optional[float]) -> EventV
         parent=event_name(record.parent) if record.parent else UNSET,
         expires_in_s=UNSET if expires_in_s is None else expires_in_s,
         progress=_progress(drain) if drain is not None else UNSET,
-        children=[event_name(child) for child in record.children] if full and record.kind == "drain" else UNSET,
+        children=[event_name(child) for child in record.children] if full and record.many else UNSET,
         ranks=ranks if full and record.kind == "move" else UNSET,
         chunks=_chunks(record) if full and record.kind == "move" else UNSET,
     )
 
 
 def _transport(record: Record) -> str:
-    if record.kind == "drain":
+    if record.many:
         return ", ".join(record.totals.vias)
     return record.outcome.via if record.outcome is not None else record.event.via if record.event is not None else ""
 
 
 def _bytes(record: Record, ranks: List[RankOutcome]) -> int | UnsetType:
-    if record.kind == "drain":
+    if record.many:
         told = not record.restored or record.totals.ended
         return record.totals.bytes if told else UNSET
     return sum(rank.bytes for rank in ranks) if record.kind == "move" and not _unheard(record) else UNSET
@@ -152,7 +157,7 @@ def brief(view: EventView) -> EventView:
 
 def _phases(record: Record) -> Dict[str, float]:
     """Seconds in each state that it has left; a drain has its children's."""
-    if record.kind == "drain":
+    if record.many:
         return dict(record.totals.phases_s)
     times = sorted(record.entered.items(), key=lambda item: item[1])
     return {name: (times[i + 1][1] - t) / 1e9 for i, (name, t) in enumerate(times[:-1])}

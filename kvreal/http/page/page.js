@@ -29,6 +29,7 @@ function ago(t) {
 function whole(n) { return n.toLocaleString("en"); }
 function many(n, word) { return whole(n) + " " + word + (n === 1 ? "" : "s"); }
 function now() { return Date.now() / 1e3 + skew; }
+const isMany = e => e.kind === "drain" || e.kind === "stepped";
 function isEnd(e) { return e.state === "done" || e.state === "failed"; }
 function isAbsent(e) { return e.reason === "nothing_held"; }
 function isOpen(e) { return !isEnd(e) && e.kind !== "pin"; }
@@ -98,7 +99,7 @@ function drawMoves() {
   empty("moves", !open.length && !over.length);
   keyed($("moves"), [...open.slice(0, 20), ...over], e => e.event_id, e => el("div", "move",
     el("div", "row", el("span", "name", ...places(e)), el("span", "say num")),
-    e.kind === "drain" ? bar() : el("div", "steps", ...PHASES.map(name => { const i = el("i"); i.title = name; return i; }))),
+    isMany(e) ? bar() : el("div", "steps", ...PHASES.map(name => { const i = el("i"); i.title = name; return i; }))),
   (box, e) => {
     const p = e.progress, over = isEnd(e), left = Object.keys(e.phases_s || {}).length;
     const at = e.state === "failed" ? left : PHASES.indexOf(e.state);
@@ -107,7 +108,7 @@ function drawMoves() {
     const took = over ? span(e.duration_s) : e.begun ? span(Math.max(0, now() - e.begun)) : "";
     fill(box.querySelector(".say"), [e.state, tokens, took, e.reason], () =>
       [el("span", over ? e.state : "busy", e.state), el("span", "dim", [e.reason, tokens, took].filter(Boolean).map(s => " · " + s).join(""))]);
-    if (e.kind === "drain") setBar(box.querySelector(".bar"), p ? p.moved_tokens : over && e.state === "done" ? 1 : 0, p ? p.planned_tokens : 1);
+    if (isMany(e)) setBar(box.querySelector(".bar"), p ? p.moved_tokens : over && e.state === "done" ? 1 : 0, p ? p.planned_tokens : 1);
     else [...box.querySelectorAll(".steps i")].forEach((i, n) => { i.className = e.state === "done" || n < at ? "past" : n === at && !over ? "now" : ""; });
   });
 }
@@ -261,7 +262,7 @@ function take(e) {
   e.seen = now();
   events.delete(e.event_id);
   events.set(e.event_id, e);
-  if (isEnd(e) && e.bytes && e.ended && e.kind !== "drain" && !(before && isEnd(before)))
+  if (isEnd(e) && e.bytes && e.ended && !isMany(e) && !(before && isEnd(before)))
     copied.push({t: e.ended, link: e.old_position[0] + " → " + e.new_positions[0][0], bytes: e.bytes, busy: (e.phases_s && e.phases_s.copying) || 0});
   if (events.size > KEPT) for (const old of events.values()) if (isEnd(old)) { events.delete(old.event_id); break; }
 }

@@ -15,6 +15,7 @@ from kvcore.protocol.messages import (
     Delta,
     End,
     Fetch,
+    MoveRequest,
     Pin,
     Pinned,
     Release,
@@ -22,7 +23,7 @@ from kvcore.protocol.messages import (
     StatusRequest,
 )
 from kvcore.scenario.check_world import Watch, attach
-from tests.core.drive import CPU, Story
+from tests.core.drive import CPU, Story, keys, lens
 
 LONG = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789!#$%&()*+,-./:;<=>?@[]^_{|}~"
 
@@ -249,6 +250,21 @@ def test_truth_failed_and_deleted() -> None:
     w.deliver(w.until(Release))
     w.fresh.clear()
     w.boot("ctl")
+    w.settle()
+    assert broken(watch) == ["Truth"]
+
+
+def test_truth_a_stepped_move_that_failed_and_deleted() -> None:
+    w = Story(Rules())
+    watch = attach(w)
+    w.store("a/0", "xy")
+    w.mail()
+    w.request(MoveRequest("s", ("a", CPU), ("b", CPU), keys("xy"), lens("xy"), step=1))
+    (parent,) = w.controller().drains.open
+    while w.at("a/0"):
+        assert w.step()
+    assert not watch.checker.violations
+    w.controller().drains.open[parent].left.append("planted")
     w.settle()
     assert broken(watch) == ["Truth"]
 
