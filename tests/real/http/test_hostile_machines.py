@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import types
 import typing
 from typing import Any, get_args, get_origin
 
@@ -37,6 +38,8 @@ def of(kind: Any) -> st.SearchStrategy[Any]:
     plain = {int: integers, str: strings, bytes: blobs, bool: st.booleans()}
     if kind in plain:
         return plain[kind]
+    if get_origin(kind) in (typing.Union, types.UnionType):
+        return st.one_of([st.none() if part is type(None) else of(part) for part in get_args(kind)])
     if get_origin(kind) is tuple:
         args = get_args(kind)
         if args[-1] is Ellipsis:

@@ -561,7 +561,9 @@ def _moved(answer: dict[str, object]) -> dict[str, object]:
 
 # ---- pickle
 UNSAFE = re.compile(r"^(pickle|cPickle|dill|cloudpickle|marshal|shelve|jsonpickle)$")
-UNSAFE_CALLS = frozenset({"send_pyobj", "recv_pyobj", "eval", "exec", "unsafe_load", "full_load"})
+UNSAFE_CALLS = frozenset({"send_pyobj", "recv_pyobj", "unsafe_load", "full_load"})
+UNSAFE_NAMES = UNSAFE_CALLS | {"eval", "exec"}
+"""By themselves; a model has a method of that name that is another thing."""
 
 
 OFFLINE = ("kvcore/scenario/search/", "kvcore/scenario/world.py")
@@ -586,8 +588,9 @@ def _unsafe(path: Path) -> Iterator[str]:
         elif isinstance(node, ast.ImportFrom):
             names = [(node.module or "").partition(".")[0]]
         elif isinstance(node, ast.Call):
-            name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
-            if name in UNSAFE_CALLS:
+            method = isinstance(node.func, ast.Attribute)
+            name = getattr(node.func, "attr" if method else "id", "")
+            if name in (UNSAFE_CALLS if method else UNSAFE_NAMES):
                 yield f"{node.lineno}: {name}()"
             continue
         else:
