@@ -139,7 +139,7 @@ class Pools:
         self.pool = None
 
 
-def measure(point: Point, repeats: int, warmup: int, pools: Pools, predict: Callable[[Built], Result]) -> Cell:
+def measure(point: Point, repeats: int, warmup: int, pools: Pools, predict: Callable[[Built, str], Result]) -> Cell:
     """The cell, measured. UserError, RunError or TransferError if it cannot be."""
     from kvreal.bare import BareError, Shape
     from kvreal.run import run
@@ -170,7 +170,7 @@ def measure(point: Point, repeats: int, warmup: int, pools: Pools, predict: Call
         series.append(Series(what="copy", seconds=copies, about="of the move: the bytes alone", warmup=warmup))
     series += [Series(what=name, seconds=tuple(found), warmup=warmup) for name, found in limits.items()]
     simulated = Times(point.name)
-    simulated.take(predict(built_of(point, 2, 0)), 0)
+    simulated.take(predict(built_of(point, 2, 0), point.transport), 0)
     return Cell(
         name=point.name,
         transport=point.transport,

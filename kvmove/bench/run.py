@@ -147,10 +147,10 @@ class Bencher:
             self.failed[point.name] = why
             return None
 
-    def _simulate(self, built: Built) -> Result:
+    def _simulate(self, built: Built, transport: str) -> Result:
         from kvsim.run import run
 
-        return run(built, profile=self.profile)
+        return run(built, profile=self.profile, transport=transport)
 
     def beside(self) -> list[Cell]:
         """Moves over HTTP, beside the reference where it is."""

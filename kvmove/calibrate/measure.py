@@ -85,7 +85,10 @@ class Measuring:
                         self._pass(samples, pools, number)
                 longest = max(longest, time.monotonic() - begun)
                 number += 1
-        self.samples = [one for one in self.samples if one.moves and one.transport not in self.lacking]
+        for one in self.samples:
+            if one.transport not in self.lacking and not (one.of("sizes") and one.of("chunks")):
+                self.lacking[one.transport] = "its moves were not done"
+        self.samples = [one for one in self.samples if one.transport not in self.lacking]
         if not self.samples:
             whys = "; ".join(f"{name}: {why}" for name, why in self.lacking.items())
             raise RealUnavailable(f"nothing could be measured here: {whys or 'no transport is available'}")
