@@ -1,8 +1,9 @@
 """Control messages between services: a node's address is where it listens (``127.0.0.1:8300``), so nobody needs a book.
 
-ZeroMQ PUSH to PULL over TCP, one socket a direction. A frame has two parts: whose it is ([cluster, from, to]) and the
-message. Whatever is malformed, foreign, oversized, or claims to come from a face is counted, told once a peer, and
-changes nothing. Sends never wait: a message that cannot be queued is dropped and counted, as a network would.
+ZeroMQ PUSH to PULL over TCP, one socket a direction. A frame's first part says whose it is ([cluster, from, to]); each
+other is a message: what one input makes a node say to another goes out together. Whatever is malformed, foreign,
+oversized, or claims to come from a face is counted, told once a peer, and changes nothing. Sends never wait: a message
+that cannot be queued is dropped and counted, as a network would.
 """
 
 from __future__ import annotations
@@ -41,6 +42,8 @@ MAX_PEERS: Final = 20_000
 MAX_TOLD: Final = 1_000
 CLAIMS: Final = 16
 """Names that frames of one kind and address are told for: several nodes may be behind an address, and one may lie."""
+TOGETHER: Final = 32
+"""Messages in a frame at most."""
 BATCH: Final = 256
 """Frames taken in one go: the loop's other work comes in between."""
 NOW: Final = int(zmq.NOBLOCK)
@@ -118,6 +121,9 @@ class Endpoints:
         self.peers: Dict[str, Tuple[Any, bytes]] = {}
         #: headers as they have arrived before, and from whom
         self.heads: Dict[bytes, str] = {}
+        #: whether sends are kept, and what is: address -> messages
+        self.corked: bool = False
+        self.held: Dict[str, List[bytes]] = {}
         #: whether there may be more than was taken
         self.more: bool = False
         #: sockets of others in this context, closed with it
@@ -157,17 +163,45 @@ class Endpoints:
         if dst.startswith(FACE):
             self.local(dst, message)
             return True
+        body = self._encode(message)
+        if not self.corked:
+            return self._send(dst, [body])
+        held = self.held.get(dst)
+        if held is None:
+            self.held[dst] = [body]
+        elif len(held) < TOGETHER:
+            held.append(body)
+        else:
+            self._send(dst, held)
+            self.held[dst] = [body]
+        return True
+
+    def cork(self) -> None:
+        """Keep what is sent until ``uncork``."""
+        self.corked = True
+
+    def uncork(self) -> None:
+        self.corked = False
+        if self.held:
+            held, self.held = self.held, {}
+            for dst, bodies in held.items():
+                self._send(dst, bodies)
+
+    def _send(self, dst: str, bodies: List[bytes]) -> bool:
         peer = self.peers.get(dst) or self._call(dst)
         if peer is None:
-            self.counters["frames_dropped"] += 1
+            self.counters["frames_dropped"] += len(bodies)
             return False
+        send = peer[0].send
         try:
-            peer[0].send(peer[1], NOW_AND_MORE)
-            peer[0].send(self._encode(message), NOW)
+            send(peer[1], NOW_AND_MORE)
+            for body in bodies[:-1]:
+                send(body, NOW_AND_MORE)
+            send(bodies[-1], NOW)
         except zmq.ZMQError:
-            self.counters["frames_dropped"] += 1
+            self.counters["frames_dropped"] += len(bodies)
             return False
-        self.counters["frames_sent"] += 1
+        self.counters["frames_sent"] += len(bodies)
         return True
 
     def _call(self, dst: str) -> Optional[Tuple[Any, bytes]]:
@@ -216,27 +250,29 @@ class Endpoints:
                 return
             while frames[-1].more:
                 frames.append(recv(NOW, False))
-            item = self._known(frames) or self._decode(frames)
-            if item is not None:
-                yield item
+            yield from self._known(frames) or self._decode(frames)
 
-    def _known(self, frames: List[Any]) -> Optional[Tuple[str, Wire]]:
+    def _known(self, frames: List[Any]) -> List[Tuple[str, Wire]]:
         """A good frame of a node that has been heard before; anything else is looked at closely."""
-        src = self.heads.get(frames[0].bytes) if len(frames) == 2 else None
-        if src is None:
-            return None
+        src = self.heads.get(frames[0].bytes)
+        if src is None or not 2 <= len(frames) <= TOGETHER + 1:
+            return []
+        found: List[Tuple[str, Wire]] = []
         try:
-            message: Wire = self._body(frames[1].buffer)
+            for frame in frames[1:]:
+                message: Wire = self._body(frame.buffer)
+                if type(message) in FACES_ONLY:
+                    return []
+                found.append((src, message))
         except (msgspec.MsgspecError, UnicodeDecodeError):
-            return None
-        if type(message) in FACES_ONLY:
-            return None
-        self.counters["frames_received"] += 1
-        return src, message
+            return []
+        self.counters["frames_received"] += len(found)
+        return found
 
-    def _decode(self, frames: List[Any]) -> Optional[Tuple[str, Wire]]:
-        if len(frames) != 2:
-            return self._bad("malformed", frames, f"{len(frames)} parts, expected 2")
+    def _decode(self, frames: List[Any]) -> List[Tuple[str, Wire]]:
+        """All of a frame's messages; none, if anything about it is wrong."""
+        if not 2 <= len(frames) <= TOGETHER + 1:
+            return self._bad("malformed", frames, f"{len(frames)} parts, expected 2 to {TOGETHER + 1}")
         try:
             header = self._header(frames[0].buffer)
         except (msgspec.MsgspecError, UnicodeDecodeError) as error:
@@ -244,19 +280,22 @@ class Endpoints:
         if header.cluster != self.cluster or header.dst not in self.names or not _ADDRESS.fullmatch(header.src):
             whose = f"{header.src[:80]!r} of {header.cluster[:80]!r} to {header.dst[:80]!r}"
             return self._bad("foreign", frames, f"{whose}; this is {self.address} of {self.cluster!r}", header.src)
-        try:
-            message: Wire = self._body(frames[1].buffer)
-        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-            return self._bad("malformed", frames, f"message of {header.src[:80]}: {error}", header.src)
-        if type(message) in FACES_ONLY:
-            why = f"{type(message).__name__} of {header.src[:80]}: ask by HTTP"
-            return self._bad("refused", frames, why, header.src)
-        self.counters["frames_received"] += 1
+        found: List[Tuple[str, Wire]] = []
+        for frame in frames[1:]:
+            try:
+                message: Wire = self._body(frame.buffer)
+            except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+                return self._bad("malformed", frames, f"message of {header.src[:80]}: {error}", header.src)
+            if type(message) in FACES_ONLY:
+                why = f"{type(message).__name__} of {header.src[:80]}: ask by HTTP"
+                return self._bad("refused", frames, why, header.src)
+            found.append((header.src, message))
+        self.counters["frames_received"] += len(found)
         if len(self.heads) < MAX_PEERS:
             self.heads[frames[0].bytes] = header.src
-        return header.src, message
+        return found
 
-    def _bad(self, kind: str, frames: List[Any], why: str, claim: str = "") -> Optional[Tuple[str, Wire]]:
+    def _bad(self, kind: str, frames: List[Any], why: str, claim: str = "") -> List[Tuple[str, Wire]]:
         """Count, and tell once an address and ``claim``: who the frame says that it is from."""
         self.counters[f"frames_{kind}"] += 1
         try:
@@ -266,12 +305,12 @@ class Endpoints:
         claims = self.told.get((kind, peer))
         if claims is None:
             if len(self.told) >= MAX_TOLD:
-                return None
+                return []
             claims = self.told[(kind, peer)] = set()
         if claim not in claims and len(claims) < CLAIMS:
             claims.add(claim)
             log.warning("%s frame from %s: %s; more of its kind are counted only", kind, peer, why[:300])
-        return None
+        return []
 
     # ---- the end
     def send_off(self) -> None:

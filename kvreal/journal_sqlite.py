@@ -241,7 +241,7 @@ class SqliteJournal:
         if isinstance(record, Outcome):
             self.ended.append((wall_ns, record.event, self.begun.pop(record.event, seq), seq))
         elif isinstance(record, Begin):
-            self.begun[record.event] = seq
+            self.begun.setdefault(record.event, seq)  # a lease may be begun again
         elif isinstance(record, Incarnation):
             self.incarnations.append(seq)
         elif isinstance(record, EpochIssued):

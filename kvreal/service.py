@@ -259,6 +259,7 @@ class Service:
         if self._giving:
             return
         self._giving = True
+        self.network.cork()
         try:
             while self._waiting:
                 self.node.give(self._waiting.popleft())
@@ -266,6 +267,7 @@ class Service:
             self._fail(error)
         finally:
             self._giving = False
+            self.network.uncork()
 
     def _fail(self, error: BaseException) -> None:
         self.catch_up()
@@ -292,10 +294,12 @@ class Service:
 
     def _collect(self) -> None:
         if self.running:
+            self.network.cork()
             try:
                 self.node.collect()
             except Exception as error:
                 self._fail(error)
+            self.network.uncork()
             self._arm()
 
     def _arm(self) -> None:
@@ -317,10 +321,12 @@ class Service:
         self._alarm, self._alarm_ns = None, -1
         if not self.running:
             return
+        self.network.cork()
         try:
             self.node.run_due()
         except Exception as error:
             self._fail(error)
+        self.network.uncork()
         # What arrived in a stretch without a wakeup is seen here at the latest.
         self._readable()
         self._arm()
