@@ -187,6 +187,8 @@ class Service:
         #: the machine's clock counts from 1970, and never jumps: what it stamps means something to others as well
         self.base_ns: int = time.monotonic_ns() - time.time_ns()
         self.node: Node = Node(Assign("service", spec.name, 1, b"", self.base_ns, faults=False), built, parts)
+        self._copies: Callable[[Any], None] = self.node.effects[m.StartCopy]
+        self.node.effects[m.StartCopy] = self._start_copy
         self.node.journal = cast(Any, journal)
         log_file = FileHistory(history, Header(VERSION, "real", spec.name, 0, None, spec.name)) if history else None
         self.node.history = cast(Any, _Tap(self, log_file))
@@ -268,6 +270,12 @@ class Service:
         finally:
             self._giving = False
             self.network.uncork()
+
+    def _start_copy(self, effect: m.StartCopy) -> None:
+        """A copy takes a core at once: what was to be said before it goes out first."""
+        self.network.uncork()
+        self._copies(effect)
+        self.network.cork()
 
     def _fail(self, error: BaseException) -> None:
         self.catch_up()
