@@ -22,7 +22,9 @@ __all__ = ["GROUP", "NAMES", "Transfer", "TransferError", "available", "make", "
 
 GROUP: Final = "kvmove.transports"
 NAMES: Final[Tuple[str, ...]] = ("auto", "arena", "nixl", "socket", "tcp")
-"""Ours. ``tcp`` is ``socket`` that uses no Unix sockets. ``arena`` takes ``socket`` along for what lies elsewhere."""
+"""Ours. ``tcp`` is ``socket`` that uses no Unix sockets."""
+ALONE: Final = ("socket", "tcp")
+"""These reach every location; any other takes ``socket`` along for those that it does not reach, such as disks."""
 
 
 @lru_cache(maxsize=1)
@@ -54,7 +56,7 @@ def resolve(name: str) -> List[str]:
         return here
     if name in NAMES and name not in ("arena", "tcp") and name not in here:
         raise TransferError(f"transport {name} asked for, but the package {name} is not installed (pip install nixl)")
-    return [name, "socket"] if name == "arena" else [name]
+    return [name] if name in ALONE else [name, "socket"]
 
 
 def _arena(memory: Memory, process: str, flow: Flow) -> Carrier:
@@ -112,4 +114,8 @@ def make(name: str, memory: Memory, at: Tuple[str, int] = ("127.0.0.1", 0)) -> T
 
     NIXL's agent takes about half a second to create."""
     wanted = [*(["arena"] if name == "auto" and memory.arena else []), *resolve(name)]
-    return Transfer(memory, {one: _make_of(one) for one in wanted}, at)
+    made = Transfer(memory, {one: _make_of(one) for one in wanted}, at)
+    if name != "auto" and wanted[0] in made.lacking:
+        made.stop()
+        raise TransferError(made.lacking[wanted[0]])
+    return made
