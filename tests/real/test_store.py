@@ -1,0 +1,417 @@
+"""Disk locations: what a slot's file says of itself, what is never believed, and what is left when one is full."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any, Callable, Iterator, Optional
+
+import numpy as np
+import pytest
+
+from kvcore.protocol.machine import StartCopy, StartFill, StartRead
+from kvreal import store as module
+from kvreal.engines.thread import EngineThread
+from kvreal.memory import Memory, SlabError
+from kvreal.store import HALF, PAGE, WHOLE, DiskError, Home, Store, files_in
+from kvreal.transfer import Transfer, make
+from kvreal.transfer.job import Copy, Ended, Fate
+
+CPU, DISK = "LocalCPUBackend", "LocalDiskBackend"
+SLOT = 3 * PAGE + 17
+ONE, OTHER = b"\x01" * 32, b"\x02" * 32
+
+
+def noise(seed: int, size: int = SLOT) -> Any:
+    return np.random.default_rng(seed).integers(0, 256, size, dtype=np.uint8)
+
+
+def got(store: Store, slot: int, key: bytes = b"", size: int = SLOT) -> Any:
+    into = np.empty(size, dtype=np.uint8)
+    store.read(slot, into, key)
+    return into
+
+
+@pytest.fixture(params=["named", "nameless"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Store]:
+    home = Home(str(tmp_path)) if request.param == "named" else None
+    made = Store(DISK, 4, SLOT, home)
+    yield made
+    made.close()
+    if home is not None:
+        home.close()
+        assert list(tmp_path.iterdir()) == []
+
+
+def spoil(store: Store, slot: int, offset: int, turn: int = 0xFF) -> None:
+    """Turn bits over in a slot's file, behind everybody's back."""
+    if store.folder is not None:
+        fd, start = os.open(store.folder / f"{slot:08d}{WHOLE}", os.O_RDWR), 0
+    else:
+        fd, start = os.dup(store.file.fileno()), slot * store.stride
+    (byte,) = os.pread(fd, 1, start + offset)
+    os.pwrite(fd, bytes([byte ^ turn]), start + offset)
+    os.close(fd)
+
+
+# ---- what a slot holds -----------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("size", [1, PAGE, PAGE + 1, SLOT])
+def test_what_is_written_is_read_again(store: Store, size: int) -> None:
+    for slot in (3, 0):
+        store.write(slot, noise(slot, size), ONE)
+    assert (got(store, 3, ONE, size) == noise(3, size)).all() and (got(store, 0, b"", size) == noise(0, size)).all()
+    store.write(3, noise(9, size), OTHER)
+    assert (got(store, 3, OTHER, size) == noise(9, size)).all()
+    assert (got(store, 0, ONE, size) == noise(0, size)).all() and store.wrong == 0
+
+
+def test_a_part_of_a_chunk_is_checked_as_the_whole(store: Store) -> None:
+    store.write(1, noise(1), ONE)
+    assert (got(store, 1, ONE, 100) == noise(1)[:100]).all()
+    spoil(store, 1, PAGE + SLOT - 1)
+    with pytest.raises(DiskError, match="checksum"):
+        got(store, 1, ONE, 100)
+
+
+def test_another_prompts_bytes_are_never_given(store: Store) -> None:
+    store.write(1, noise(1), ONE)
+    with pytest.raises(DiskError, match="slot 1 holds chunk 0101010101010101, not 0202020202020202"):
+        got(store, 1, OTHER)
+    if store.folder is not None:  # even if a file takes another's place
+        store.write(2, noise(2), OTHER)
+        os.replace(store.folder / f"{2:08d}{WHOLE}", store.folder / f"{1:08d}{WHOLE}")
+        with pytest.raises(DiskError, match="holds chunk"):
+            got(store, 1, ONE)
+    assert store.wrong >= 1
+
+
+@pytest.mark.parametrize("offset", [0, 7, 8, 20, 40, 90, PAGE, PAGE + SLOT // 2, PAGE + SLOT - 1])
+def test_any_changed_byte_is_found(store: Store, offset: int) -> None:
+    store.write(1, noise(1), ONE)
+    spoil(store, 1, offset, 1)
+    with pytest.raises(DiskError):
+        got(store, 1, ONE)
+    with pytest.raises(DiskError):
+        got(store, 1)
+    assert store.wrong == 2
+
+
+def test_nothing_is_there_before_or_after(store: Store) -> None:
+    for _ in range(2):
+        with pytest.raises(DiskError, match="slot 2 holds nothing"):
+            got(store, 2, ONE)
+        store.write(2, noise(2), ONE)
+        got(store, 2, ONE)
+        store.drop([2, 3])
+
+
+def test_a_file_that_was_cut_is_found(tmp_path: Path) -> None:
+    home = Home(str(tmp_path))
+    store = Store(DISK, 4, SLOT, home)
+    for size in (0, 10, PAGE - 1, PAGE, PAGE + SLOT - 1):
+        store.write(0, noise(0), ONE)
+        os.truncate(files_in(home.folder)[0], size)
+        with pytest.raises(DiskError):
+            got(store, 0, ONE)
+    home.close()
+
+
+def test_more_than_it_holds_is_refused(store: Store) -> None:
+    store.write(0, noise(0, 100), ONE)
+    with pytest.raises(DiskError, match="holds 100 bytes, not 101"):
+        got(store, 0, ONE, 101)
+
+
+# ---- a disk that does not take it ------------------------------------------------------------------------------------
+@pytest.fixture
+def full(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """The disk has room for so many more bytes."""
+    real = os.pwrite
+
+    def begin(room: int) -> None:
+        left = [room]
+
+        def pwrite(fd: int, data: Any, start: int) -> int:
+            if left[0] <= 0:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            done = real(fd, memoryview(data)[: left[0]], start)
+            left[0] -= done
+            return done
+
+        monkeypatch.setattr(module.os, "pwrite", pwrite)
+
+    return begin
+
+
+@pytest.mark.parametrize("room", [0, 100, PAGE, PAGE + 100, 2 * PAGE + 100])
+def test_a_disk_full_halfway_leaves_nothing_half_done(
+    store: Store, full: Callable[[int], None], monkeypatch: pytest.MonkeyPatch, room: int
+) -> None:
+    store.write(1, noise(1), ONE)
+    full(room)
+    with pytest.raises(DiskError) as refused:
+        store.write(2, noise(2), OTHER)
+    assert str(refused.value) == f"{DISK}: slot 2 cannot be written: No space left on device"
+    monkeypatch.undo()
+    if store.folder is not None:
+        assert [file.name for file in files_in(store.folder)] == [f"{1:08d}{WHOLE}"]
+    with pytest.raises(DiskError, match="slot 2"):
+        got(store, 2)
+    assert (got(store, 1, ONE) == noise(1)).all()
+    store.write(2, noise(2), OTHER)  # there is room again
+    assert (got(store, 2, OTHER) == noise(2)).all()
+
+
+def test_a_path_that_cannot_be_written_is_refused_in_one_line(tmp_path: Path) -> None:
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    memory = Memory()
+    memory.disk_path = str(blocked / "below")
+    with pytest.raises(SlabError) as refused:
+        memory.lay_out([(DISK, 4)], SLOT)
+    assert "cannot keep chunks under" in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_a_small_disk_is_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    Store(DISK, 1 << 40, SLOT, None).close()
+    assert "would be needed to fill it" in caplog.text
+
+
+# ---- lives -----------------------------------------------------------------------------------------------------------
+LIFE = """
+import sys, signal
+import numpy as np
+from kvreal.store import Home, Store
+home = Home(sys.argv[1])
+store = Store("LocalDiskBackend", 4, 100, home)
+for slot in range(3):
+    store.write(slot, np.zeros(100, dtype=np.uint8), b"key")
+(store.folder / "00000003.part").write_bytes(b"half of it")
+print("there", flush=True)
+signal.pause()
+"""
+
+
+@pytest.fixture
+def life(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
+    paths = os.pathsep.join(path or "." for path in sys.path)
+    child = subprocess.Popen(
+        [sys.executable, "-c", LIFE, str(tmp_path)], stdout=subprocess.PIPE, text=True,
+        env={**os.environ, "PYTHONPATH": paths},
+    )  # fmt: skip
+    assert child.stdout is not None and child.stdout.readline() == "there\n"
+    yield child
+    child.kill()
+    child.wait()
+    child.stdout.close()
+
+
+def test_leftovers_of_a_killed_process_are_dropped_and_said(
+    life: subprocess.Popen[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    (tmp_path / "kvmove-mine.txt").write_text("not of this kind")
+    (tmp_path / "kvmove-folder").mkdir()
+    Home(str(tmp_path)).close()
+    assert len(files_in(tmp_path)) == 4, "its process lives"
+    assert caplog.records == []
+    life.send_signal(signal.SIGKILL)
+    life.wait()
+    home = Home(str(tmp_path))
+    (record,) = caplog.records
+    assert record.getMessage() == (
+        f"{tmp_path}: dropped what 1 ended processes left: 3 chunks and 1 half-written"
+    )
+    assert files_in(tmp_path) == []
+    home.close()
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["kvmove-folder", "kvmove-mine.txt"]
+
+
+# ---- copies and tasks ------------------------------------------------------------------------------------------------
+class Node:
+    """A process's memory and transport, named and in its first epoch."""
+
+    def __init__(self, address: str, path: Optional[Path], slots: int = 6) -> None:
+        self.memory: Memory = Memory()
+        self.memory.disk_path = str(path) if path is not None else ""
+        self.memory.lay_out([(CPU, slots), (DISK, slots)], 4096)
+        self.transfer: Transfer = make("socket", self.memory)
+        self.transfer.begin("a run", address)
+        self.transfer.set_epoch(1)
+        self.rid = 0
+
+    def copy(
+        self, peer: Node, read: bool, mine: str, theirs: str, keys: Any, slots: Any, bpt: int = 4096, **fate: Any
+    ) -> Ended:
+        self.rid += 1
+        effect = StartCopy(
+            (1, self.rid), read, peer.transfer.address, 1, theirs, tuple(slots), mine, tuple(slots), (1,) * len(slots),
+            keys=tuple(keys),
+        )  # fmt: skip
+        self.transfer.start(Copy(effect, peer.transfer.endpoint(), 1, bpt, 60_000_000_000, Fate(**fate)))
+        until = threading.Event()
+        for _ in range(1000):
+            for item in self.transfer.take():
+                assert isinstance(item, Ended)
+                return item
+            until.wait(0.01)
+        raise AssertionError("no end")
+
+    def close(self) -> None:
+        self.transfer.stop()
+        self.memory.close()
+
+
+KEYS = [bytes([at]) * 32 for at in range(6)]
+
+
+@pytest.fixture
+def nodes(tmp_path: Path) -> Iterator[tuple[Node, Node]]:
+    a, b = Node("a/0", tmp_path / "a"), Node("b/0", tmp_path / "b")
+    for slot in range(6):
+        a.memory.put(CPU, slot, noise(slot, 4096))
+    yield a, b
+    a.close()
+    b.close()
+    assert files_in(tmp_path) == []
+
+
+@pytest.mark.parametrize("read", [True, False], ids=["read", "push"])
+@pytest.mark.parametrize("mine", [CPU, DISK])
+def test_any_to_any_between_two_processes_with_keys(nodes: tuple[Node, Node], read: bool, mine: str) -> None:
+    a, b = nodes
+    assert a.copy(a, True, DISK, CPU, KEYS, range(6)).transport == "file"
+    mover, peer = (b, a) if read else (a, b)
+    for target in (CPU, DISK):
+        here, there = (target, mine) if read else (mine, target)
+        ended = mover.copy(peer, read, here, there, KEYS, range(6))
+        assert (ended.state, ended.why, ended.nbytes) == ("done", "", 6 * 4096)
+        for slot in range(6):
+            assert (b.memory.get(target, slot, 4096, KEYS[slot] if target == DISK else b"") == noise(slot, 4096)).all()
+            if target == DISK:
+                with pytest.raises(DiskError, match="holds chunk"):
+                    b.memory.get(target, slot, 4096, KEYS[slot - 1])
+
+
+@pytest.mark.parametrize("read", [True, False], ids=["read", "push"])
+def test_a_spoilt_chunk_fails_its_copy_wherever_it_goes(
+    nodes: tuple[Node, Node], read: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    a, b = nodes
+    assert a.copy(a, True, DISK, CPU, KEYS, range(6)).state == "done"
+    spoil(a.memory.stores[DISK], 3, PAGE + 5)
+    within = a.copy(a, True, CPU, DISK, KEYS, range(6))
+    assert within.state == "failed" and "slot 3 is not what was written" in within.why
+    ended = b.copy(a, True, CPU, DISK, KEYS, range(6)) if read else a.copy(b, False, DISK, CPU, KEYS, range(6))
+    assert ended.state == "failed"
+    if read:  # whose disk it is says it; the other hears the end of the connection
+        assert "slot 3 is not what was written" in caplog.text and "a/0 hung up" in ended.why
+    else:
+        assert "slot 3 is not what was written" in ended.why
+    assert a.memory.stores[DISK].wrong == 2
+    again = b.copy(a, True, CPU, DISK, KEYS[:3], range(3))
+    assert again.state == "done", "the node goes on"
+
+
+def test_a_read_of_another_prompts_slot_fails(nodes: tuple[Node, Node]) -> None:
+    a, b = nodes
+    assert a.copy(a, True, DISK, CPU, KEYS, range(6)).state == "done"
+    wrong = [KEYS[1], KEYS[0], *KEYS[2:]]
+    for ended in (a.copy(a, True, CPU, DISK, wrong, range(6)), b.copy(a, True, CPU, DISK, wrong, range(6))):
+        assert ended.state == "failed"
+    assert a.memory.stores[DISK].wrong >= 2
+
+
+@pytest.mark.parametrize("peer", ["itself", "another"])
+def test_a_copy_onto_a_full_disk_fails_in_one_line_and_leaves_nothing(
+    nodes: tuple[Node, Node], full: Callable[[int], None], monkeypatch: pytest.MonkeyPatch, peer: str,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    a, b = nodes
+    full(2 * (PAGE + 4096) + 5000)
+    if peer == "itself":
+        ended = a.copy(a, True, DISK, CPU, KEYS, range(6))
+        assert ended.why.endswith("cannot be written: No space left on device"), ended
+    else:
+        ended = a.copy(b, False, CPU, DISK, KEYS, range(6))
+        assert "b/0 did not take the bytes, or could not put them away" in ended.why
+        assert "cannot be written: No space left on device" in caplog.text
+    assert ended.state == "failed"
+    monkeypatch.undo()
+    memory = (a if peer == "itself" else b).memory
+    assert memory.home is not None and not [file for file in files_in(memory.home.folder) if file.suffix == HALF]
+    assert (a if peer == "itself" else b).copy(a, True, DISK, CPU, KEYS, range(6)).state == "done"
+
+
+def test_a_corrupt_copy_is_wrong_and_yet_whole(nodes: tuple[Node, Node]) -> None:
+    """An injected fault spoils what arrives, not how it is kept: the checkers must see wrong bytes."""
+    a, _ = nodes
+    ended = a.copy(a, True, DISK, CPU, KEYS, range(6), corrupt=True)
+    assert ended.state == "done"
+    differ = [(a.memory.get(DISK, slot, 4096, KEYS[slot]) != noise(slot, 4096)).sum() for slot in range(6)]
+    assert sorted(differ) == [0, 0, 0, 0, 0, 1]
+
+
+def test_a_fill_and_a_use_of_a_disk(tmp_path: Path, full: Callable[[int], None], monkeypatch: Any) -> None:
+    node = Node("a/0", tmp_path)
+    engine = EngineThread(node.memory)
+
+    def done(task: Any) -> bool:
+        engine.start(task, 64, Fate())
+        until = threading.Event()
+        for _ in range(1000):
+            for result in engine.take():
+                return result.ok
+            until.wait(0.01)
+        raise AssertionError("no end")
+
+    assert done(StartFill(1, DISK, (0, 1), (ONE, OTHER), (64, 10)))
+    assert done(StartRead(2, DISK, (0, 1), (ONE, OTHER), (64, 10)))
+    assert not done(StartRead(3, DISK, (1, 0), (ONE, OTHER), (10, 10))), "each other's"
+    full(100)
+    assert not done(StartFill(4, DISK, (2,), (ONE,), (64,)))
+    monkeypatch.undo()
+    assert done(StartFill(5, DISK, (2,), (ONE,), (64,))) and done(StartRead(6, DISK, (2,), (ONE,), (64,)))
+    node.close()
+
+
+def test_moving_a_large_disk_location_takes_a_few_slots_of_memory() -> None:
+    """1 GiB there and back through 8 MiB slots; measured in a process of its own."""
+    text = """
+import resource, sys
+sys.argv = ["x"]
+from tests.real.test_store import CPU, DISK, KEYS
+from kvreal.memory import Memory
+import numpy as np
+memory = Memory()
+slots, size = 128, 8 << 20
+memory.lay_out([("a" + CPU, 4), (DISK, slots), ("b" + DISK, slots)], size)
+chunk = np.arange(size, dtype=np.uint8)
+memory.put(DISK, 0, chunk, b"0"); memory.get(DISK, 0, size, b"0")
+from kvreal.transfer import file
+from kvreal.transfer.flow import Flow
+from kvreal.transfer.job import Copy, Job
+from kvcore.protocol.machine import StartCopy
+for slot in range(slots):
+    memory.put(DISK, slot, chunk, b"0")
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+ids = tuple(range(slots))
+effect = StartCopy((1, 1), True, "a", 1, DISK, ids, "b" + DISK, ids, (1,) * slots, keys=(b"0",) * slots)
+job = Job(Copy(effect, "", 1, size, 1 << 60))
+flow = Flow()
+flow.enter(job)
+file.carry(job, memory, flow, "b" + DISK, DISK)
+assert job.moved == slots * size
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+    paths = os.pathsep.join(path or "." for path in sys.path)
+    env = {**os.environ, "PYTHONPATH": paths}
+    done = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, timeout=110, env=env)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < 6 * (8 << 10), "KiB"
