@@ -260,9 +260,11 @@ class Transfers:
         self.bytes += transfer.nbytes
         cluster = self.cluster
         if cluster.queued is not None:
-            solo_ns = self._overhead_ns(transfer) + ceil(transfer.nbytes / transfer.solo_rate())
-            waited_ns = max(0, cluster.loop.now_ns - transfer.start_ns - solo_ns)
-            cluster.queued(effect.rid, waited_ns + transfer.queue_ns)
+            waited_ns = transfer.queue_ns
+            if transfer.cost is None:  # all that others have made it wait; a real driver counts until the first byte
+                solo_ns = self._overhead_ns(transfer) + ceil(transfer.nbytes / transfer.solo_rate())
+                waited_ns = max(0, cluster.loop.now_ns - transfer.start_ns - solo_ns)
+            cluster.queued(effect.rid, waited_ns)
         transfer.owner.on_arrival(CopyDone(effect.rid, True), None)
 
     def _fail(self, transfer: Transfer, why: str) -> None:
