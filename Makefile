@@ -23,6 +23,7 @@ help:
 	@sed -n 's/^# \{0,1\}//p' Makefile | head -3
 	@echo "Also: setup, lint, format, bench, bench-controller, fast, search, compare-long, scenarios-real, clean"
 	@echo "On hardware: hardware, hardware-bundle"
+	@echo "With vLLM, in a venv of its own: demo-vllm, test-vllm, bench-vllm"
 
 setup: $(VENV)/.stamp
 
@@ -52,9 +53,10 @@ demo-vllm: $(VLLM)/.stamp
 test-vllm: $(VLLM)/.stamp
 	$(VLLM)/bin/python -m pytest tests/vllm --timeout 600 $(ARGS)
 
-# Time to first token: cold, moved, local. For README's table; on a machine that does nothing else.
+# Time to first token: cold, moved, local; and what moves cost an engine at work. For a machine that does nothing else.
 bench-vllm: $(VLLM)/.stamp
 	@$(VLLM)/bin/python -m examples.vllm.ttft $(ARGS)
+	@$(VLLM)/bin/python -m examples.vllm.busy
 
 test: $(VENV)/.stamp
 	$(BIN)/python -m pytest -n $(JOBS) $(ARGS)

@@ -84,6 +84,10 @@ class Process:
         """{a process's title or command: pids} of it and all below it."""
         return tree(self.process.pid)
 
+    def pids(self, title: str) -> List[int]:
+        """Of the processes below it that are called so."""
+        return [pid for name, pids in self.tree().items() if title in name for pid in pids]
+
     def stop(self, patience_s: float = 15.0) -> None:
         """SIGTERM, then SIGKILL to whatever of its session is left."""
         if self.process.poll() is None:

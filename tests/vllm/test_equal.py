@@ -88,7 +88,7 @@ def test_a_corrupted_chunk_is_seen(stage: Stage, two: list[Engine]) -> None:
 
 def slab(stage: Stage, name: str) -> mmap.mmap:
     """The memory of an instance's rank, as its process has it open."""
-    (pid,) = [pids[0] for title, pids in stage.processes[name].tree().items() if "engines.vllm.rank" in title]
+    (pid,) = stage.processes[name].pids("engines.vllm.rank")
     for entry in Path(f"/proc/{pid}/fd").iterdir():
         if "kvreal-slab" in os.readlink(entry):
             with open(entry, "r+b") as file:

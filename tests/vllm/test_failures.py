@@ -140,13 +140,18 @@ def test_no_exception_reaches_vllm(stage: Stage, two: list[Engine], faults: Faul
     stage.until(lambda: two[0].metrics()["vllm:kv_cache_usage_perc"] == 0, "no block is kept for ever")
 
 
-def test_without_its_rank_an_engine_serves_on(stage: Stage, two: list[Engine], faults: Faults) -> None:
+def test_without_its_rank_an_engine_serves_on_and_gets_a_new_one(
+    stage: Stage, two: list[Engine], faults: Faults
+) -> None:
     other = two[1]
     prompt, right = prepared(stage, other, 60)
-    (rank,) = [pids[0] for title, pids in other.tree().items() if "engines.vllm.rank" in title]
-    os.kill(rank, signal.SIGKILL)
-    stage.until(lambda: stage.instance("two") is None, "the controller knows that it has gone")
-    for _ in range(2):
-        answer = other.complete(prompt, TOKENS)
-        assert answer.tokens == right
-    assert httpx.get(f"{other.url}/health").status_code == 200
+    ranks = other.pids("engines.vllm.rank")
+    os.kill(ranks[0], signal.SIGKILL)
+    assert other.complete(prompt, TOKENS).tokens == right
+    stage.until(lambda: other.pids("engines.vllm.rank") not in ([], ranks), "there is another rank")
+    other.forget()
+    assert other.complete(prompt, TOKENS).tokens == right
+    stage.until(lambda: other.complete(prompt, 1) and stage.held(prompt).get("two", 0) == 700, "the new rank is used")
+    other.forget()
+    answer = other.complete(prompt, TOKENS)
+    assert (answer.tokens, answer.cached) == (right, 699)

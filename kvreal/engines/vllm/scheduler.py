@@ -315,8 +315,10 @@ class Scheduler:
 def prompt_of(request: Any) -> Optional[Prompt]:
     """What the KV of this request's prompt follows from; None if that is not only tokens."""
     tokens = request.prompt_token_ids
-    if not tokens or request.prompt_embeds is not None or getattr(request, "pooling_params", None) is not None:
+    if not tokens or request.prompt_embeds is not None or request.pooling_params is not None:
         return None
+    if getattr(request, "resumable", False):
+        return None  # a session, whose prompt grows
     more: Dict[str, Any] = {}
     if request.lora_request is not None:
         more["lora"] = lora_identity(request.lora_request)
