@@ -7,7 +7,8 @@ from typing import Final
 
 from kvcore.scenario.profile import CopyCost
 from kvmove.calibrate.accuracy import Accuracy
-from kvmove.calibrate.fit import Fitted, label
+from kvmove.calibrate.copies import label
+from kvmove.calibrate.fit import Fitted
 from kvmove.calibrate.samples import Spread
 from kvmove.output import duration, percent, size
 

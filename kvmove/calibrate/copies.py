@@ -1,0 +1,164 @@
+"""What copies cost, from samples of one transport: fixed costs, a curve of rates, and what copies at once share."""
+
+from __future__ import annotations
+
+from itertools import combinations
+from statistics import median
+from typing import Final
+
+from msgspec.structs import replace
+
+from kvcore.scenario.profile import CopyCost, Profile
+from kvmove.calibrate.plan import Part
+from kvmove.calibrate.samples import Kind, Samples, Spread, Timed, spread
+from kvmove.calibrate.solve import simulated, to_ns, to_rate
+
+CPU: Final[Kind] = ("cpu", "cpu", False)
+SHARED_FROM: Final = 32 << 20
+"""Bytes: smaller copies may stay in a cache, and share nothing."""
+FIXED_UP_TO: Final = 4 << 20
+"""Bytes: of the times of copies up to that size a straight line is made."""
+FASTEST: Final = 1e13
+"""Bytes a second: where bytes are handed over rather than copied, or their time is lost in noise."""
+INSIDE: Final = "memcpy"
+
+Sizes = dict[tuple[int, int], list[Timed]]
+
+
+def copies_of(profile: Profile, samples: Samples, parts: dict[str, Part], spreads: dict[str, Spread]) -> list[CopyCost]:
+    """One entry a kind of pair; what chunks cost, and what copies share, is measured between CPU memories."""
+    found: list[CopyCost] = []
+    first_ns = _first_ns(samples, spreads)
+    descriptor_ns = _descriptor_ns(profile, samples, parts, spreads)
+    for kind in samples.kinds():
+        sizes = samples.of("sizes" if kind == CPU else "kinds", kind)
+        if not sizes:
+            continue
+        cost = _curve(profile, samples, kind, sizes, descriptor_ns, spreads)
+        if not cost.inside:
+            cost = _shared(replace(cost, first_ns=first_ns), samples, spreads)
+        found.append(cost)
+    return found
+
+
+def _first_ns(samples: Samples, spreads: dict[str, Spread]) -> int:
+    """How much longer the first small copy between two processes takes than those that come after it."""
+    later = samples.of("sizes")
+    if not later:
+        return 0
+    smallest = min(later)
+    firsts = [
+        _bytes_phase(one)
+        for one in samples.moves
+        if one.first and one.ask.what == "sizes" and (one.ask.nbytes, one.ask.chunks) == smallest
+    ]
+    if not firsts:
+        return 0
+    spreads[f"{samples.transport} first_ns"] = spread(firsts)
+    return to_ns(median(firsts) - median(map(_bytes_phase, later[smallest])))
+
+
+def _descriptor_ns(profile: Profile, samples: Samples, parts: dict[str, Part], spreads: dict[str, Spread]) -> int:
+    """What each further chunk adds to queue and copy, beyond its bytes' time and what the simulator adds already."""
+    sizes = samples.of("chunks")
+    if len(sizes) < 2:
+        return 0
+    (few, _), (many, count) = min(sizes), max(sizes)
+    spreads[f"{label(samples.transport, CPU)} descriptor_ns"] = spread(
+        _bytes_phase(one) for one in sizes[(many, count)]
+    )
+    more = median(map(_bytes_phase, sizes[(many, count)])) - median(map(_bytes_phase, sizes[min(sizes)]))
+    free = replace(profile, transfer_ns=0, descriptor_ns=0, copy_bytes_per_s=1e17, host_bytes_per_s=1e17)
+    for one in simulated(free, parts["chunks"]):
+        if one.ask.chunks == count:
+            more -= _bytes_phase(one)
+            break
+    large = samples.of("sizes")
+    near = min(large, key=lambda size: abs(size[0] - many))
+    first = min(large)
+    bytes_ns = (
+        (median(map(_copy, large[near])) - median(map(_copy, large[first]))) * (many - few) / (near[0] - first[0])
+    )
+    return to_ns((more - bytes_ns) / (count - 1))
+
+
+def _bytes_phase(one: Timed) -> float:
+    return float(one.queue_ns + one.copy_ns)
+
+
+def _copy(one: Timed) -> float:
+    return float(one.copy_ns)
+
+
+def label(transport: str, kind: Kind) -> str:
+    """Such copies' name in ``Fitted.spreads``."""
+    source, target, inside = kind
+    return f"{INSIDE if inside else transport} {source}-{target}"
+
+
+def _curve(
+    profile: Profile, samples: Samples, kind: Kind, sizes: Sizes, descriptor_ns: int, spreads: dict[str, Spread]
+) -> CopyCost:
+    """Fixed costs and rates: what the small sizes' times come to at 0 bytes is fixed, the rest is the bytes' own."""
+    source, target, inside = kind
+    name = label(samples.transport, kind)
+    queues = [one.queue_ns for group in sizes.values() for one in group if one.ask.chunks == 1]
+    spreads[f"{name} queue_ns"] = spread(queues)
+    times: list[tuple[int, float]] = []
+    for (nbytes, count), group in sizes.items():
+        spreads[f"{name} {nbytes}"] = spread(nbytes * 1e9 / max(1, one.copy_ns) for one in group)
+        times.append((nbytes, median(map(_copy, group)) - profile.service_ns - count * descriptor_ns))
+    fixed = _height([one for one in times if one[0] <= FIXED_UP_TO] or times[:1])
+    rates: list[tuple[int, float]] = []
+    least_ns = float("inf")
+    for nbytes, took_ns in reversed(
+        times
+    ):  # what disturbs a measurement makes it longer: a larger size's time bounds it
+        least_ns = max(min(least_ns, took_ns - fixed), nbytes * 1e9 / FASTEST)
+        rates.append((nbytes, to_rate(nbytes * 1e9 / least_ns)))
+    rates.reverse()
+    return CopyCost(
+        transport=INSIDE if inside else samples.transport,
+        source=source,
+        target=target,
+        inside=inside,
+        queue_ns=to_ns(median(queues)),
+        copy_ns=to_ns(fixed),
+        descriptor_ns=descriptor_ns,
+        rates=_rising(rates),
+    )
+
+
+def _height(times: list[tuple[int, float]]) -> float:
+    """At 0 bytes, of a straight line through times by size: the middle one of all lines through two of them."""
+    slopes = [
+        max(0.0, (later_ns - earlier_ns) / (later - earlier))
+        for (earlier, earlier_ns), (later, later_ns) in combinations(times, 2)
+    ]
+    slope = median(slopes) if slopes else 0.0
+    return max(0.0, median(took_ns - slope * nbytes for nbytes, took_ns in times))
+
+
+def _rising(rates: list[tuple[int, float]]) -> tuple[tuple[int, float], ...]:
+    """Rounding must not make a larger size quicker than a smaller one."""
+    kept: list[tuple[int, float]] = []
+    for size, rate in rates:
+        if kept and size / rate < kept[-1][0] / kept[-1][1]:
+            rate = size * kept[-1][1] / kept[-1][0]
+        kept.append((size, rate))
+    return tuple(kept)
+
+
+def _shared(cost: CopyCost, samples: Samples, spreads: dict[str, Spread]) -> CopyCost:
+    """Two large ones at once may be as fast as one, never slower than one alone."""
+    best = max([rate for size, rate in cost.rates if size >= SHARED_FROM] or [cost.rates[-1][1]])
+    values = {}
+    for what, rates in samples.together.items():
+        if rates:
+            values[f"{what}_bytes_per_s"] = to_rate(max(best, median(rates)))
+            spreads[f"{samples.transport} {what}_bytes_per_s"] = spread(rates)
+    cpu = 0.0
+    gigabytes = sum(amount for amount, _ in samples.cpu_s)
+    if gigabytes:
+        cpu = round(sum(seconds for _, seconds in samples.cpu_s) / gigabytes, 3)
+    return replace(cost, cpu_s_per_gb=cpu, **values)
