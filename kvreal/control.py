@@ -87,7 +87,8 @@ class Carried(Said, frozen=True):
 
 
 class Verify(Said, frozen=True):
-    """Overwrite what nothing refers to (``wipe``), or compare every visible chunk's bytes and tell all you know."""
+    """The run is over. Overwrite what nothing refers to (``wipe``), or compare every visible chunk's bytes and tell all
+    you know."""
 
     wipe: bool
 

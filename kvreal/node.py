@@ -72,6 +72,7 @@ class Node:
         self.overtaken: Dict[str, List[Wire]] = {}
         self.copies: List[CopyRecord] = []
         self.booted: bool = False
+        self.over: bool = False  # the run has ended: what happens from now on is not part of it
         self.early: List[m.Input] = []  # given before its Boot: a fault may strike while others are still booted
         self.inputs: int = 0
         parts.engine.begin()
