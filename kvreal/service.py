@@ -206,6 +206,7 @@ class Service:
         self.running: bool = False
         self._stopped: bool = False
         self._giving: bool = False
+        self._told: bool = False
         self._waiting: Deque[m.Input] = deque()
         self._alarm: Optional[asyncio.TimerHandle] = None
         self._alarm_ns: int = -1
@@ -269,7 +270,11 @@ class Service:
             self._fail(error)
         finally:
             self._giving = False
-            self.network.uncork()
+            if self._told:  # somebody waits for an answer: it goes first, and who was told of it after
+                self._told = False
+                self._loop.call_soon(self.network.uncork)
+            else:
+                self.network.uncork()
 
     def _start_copy(self, effect: m.StartCopy) -> None:
         """A copy takes a core at once: what was to be said before it goes out first."""
@@ -361,6 +366,7 @@ class Service:
 
     def _to_face(self, dst: str, message: Wire) -> None:
         asked = self.asked.get(dst)
+        self._told = self._told or asked is not None
         if asked is not None and isinstance(message, Answer) and asked.answered(message):
             del self.asked[dst]
 
