@@ -61,6 +61,6 @@ def packed(text: bytes) -> Optional[Packed]:
     except (ValueError, DeprecationWarning):
         return None
     commas = np.count_nonzero(np.frombuffer(text, np.uint8) == COMMA)
-    if len(ids) != commas + 1 or ids.min() < 0 or ids.max() > 0xFFFFFFFF:
+    if len(ids) != commas + 1 or ids.view(np.uint64).max() > 0xFFFFFFFF:  # a negative one is a large one there
         return None
     return Packed(ids.astype("<u4").tobytes())
