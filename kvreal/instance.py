@@ -135,6 +135,7 @@ class Instance:
             api_key=self.settings.api_key,
             version=self.settings.version,
             held=self.local.held,
+            mismatches=lambda: self.local.service.worker.transfer.mismatches,
         )
         config = uvicorn.Config(
             app, log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=3, ws="none"

@@ -82,6 +82,7 @@ class Own(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults
     arena_size: Optional[Size] = None
     """Of the whole arena; the CPU locations of all its instances must fit."""
     direction: Literal["read", "push"] = "read"
+    checksums: Literal["off", "sample", "all"] = "sample"
     constants: Constants = Constants()
     host: str = "localhost"
     """Where workers listen; ``p2p_host`` wins."""
@@ -352,7 +353,8 @@ def _known(model: str) -> int:
 
 
 def _config(own: Own) -> Config:
-    return config_of(Scenario(name="instance", instances={}, kv=Kv(direction=own.direction), constants=own.constants))
+    kv = Kv(direction=own.direction, checksums=own.checksums)
+    return config_of(Scenario(name="instance", instances={}, kv=kv, constants=own.constants))
 
 
 def _disk_path(path: str, given: Union[str, bool, None]) -> str:

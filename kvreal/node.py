@@ -23,6 +23,7 @@ from kvcore.scenario.client import Client
 from kvcore.scenario.faults import FINE, GOOD_COPY, Action, Crash, FaultPlan, Pause, Verdict
 from kvcore.scenario.history import VERSION, FileHistory, Header, NoHistory
 from kvcore.scenario.result import CopyRecord
+from kvreal.checksum import mode_of
 from kvreal.control import Assign, Checked, Noted, Said, Spent, Spoiled
 from kvreal.engines.thread import EngineThread, check_all
 from kvreal.journal import Journal
@@ -56,6 +57,8 @@ class Node:
         self.machine: m.Machine = make_machine(self.spec)
         self.parts: Parts = parts
         self.built: Built = built
+        if isinstance(self.spec, WorkerSpec):
+            parts.transfer.checksums = mode_of(built.config.checksums)
         self.faults: FaultPlan = FaultPlan(
             built.faults if assign.faults else (), built.config, built.nodes, assign.spent
         )

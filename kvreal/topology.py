@@ -55,6 +55,7 @@ def instance_files(built: Built, folder: Path, controller: str, reply: str, tran
                 "locations": {place.name: f"{place.slots * slot} B" for place in spec.locations},
                 "transport": transport,
                 "direction": "push" if spec.config.push else "read",
+                "checksums": spec.config.checksums,
                 "constants": constants(spec.config),
             },
         }

@@ -87,6 +87,8 @@ class Config(msgspec.Struct, frozen=True, gc=False, forbid_unknown_fields=True, 
     """Chains of a drain that move at once. Those that begin with the same chunk go one after another."""
     push: bool = False
     """Who moves the bytes: the destination reads (False) or the source pushes (True)."""
+    checksums: str = "off"
+    """off, sample or all: what of a copy's bytes is compared with its source's before it counts."""
     rules: Rules = ALL_RULES
 
     def check(self) -> None:
@@ -95,6 +97,8 @@ class Config(msgspec.Struct, frozen=True, gc=False, forbid_unknown_fields=True, 
             value = getattr(self, name)
             if name.endswith("_ns") and value <= 0:
                 raise ConfigError(f"{name} is {value}, expected a duration above 0")
+        if self.checksums not in ("off", "sample", "all"):
+            raise ConfigError(f"checksums is {self.checksums!r}, expected off, sample or all")
         if self.drain_window < 1:
             raise ConfigError(f"drain_window is {self.drain_window}, expected 1 or more")
         for small, factor, large, times in _INEQUALITIES:

@@ -36,7 +36,8 @@ class Part(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_default
 
 
 class Kv(Part, frozen=True, kw_only=True):
-    """What KV is made of. ``direction``: the destination reads the bytes, or the source pushes them."""
+    """What KV is made of. ``direction``: the destination reads the bytes, or the source pushes them. ``checksums``: of
+    copies, compared before they count; a copy with wrong bytes is made once more."""
 
     model: str = "llama-3.1-8b"
     chunk: ChunkTokens = ChunkTokens(256)
@@ -46,6 +47,7 @@ class Kv(Part, frozen=True, kw_only=True):
     layout: str = "layers-first"
     weights: str = ""
     direction: Literal["read", "push"] = "read"
+    checksums: Literal["off", "sample", "all"] = "off"
 
     @property
     def chunk_tokens(self) -> int:

@@ -12,7 +12,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
-from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 
@@ -69,10 +69,11 @@ class Metrics:
 
 
 class Pools:
-    """A collector: what this instance's first rank holds, read when it is asked for."""
+    """A collector: what this instance's first rank holds and has found, read when it is asked for."""
 
-    def __init__(self, held: Callable[[], List[Held]]) -> None:
+    def __init__(self, held: Callable[[], List[Held]], mismatches: Callable[[], int]) -> None:
         self.held: Callable[[], List[Held]] = held
+        self.mismatches: Callable[[], int] = mismatches
 
     def collect(self) -> Iterator[Any]:
         chunks = GaugeMetricFamily("kvmove_engine_pool_chunks", "Chunks that rank 0 holds.", labels=["location"])
@@ -82,6 +83,9 @@ class Pools:
             slots.add_metric([one.location], one.slots)
         yield chunks
         yield slots
+        yield CounterMetricFamily(
+            "kvmove_engine_copies_wrong_bytes", "Copies to rank 0 that its checksums refused.", self.mismatches()
+        )
 
 
 class Face:
@@ -216,11 +220,12 @@ def make_app(
     api_key: str = "",
     version: str = "",
     held: Optional[Callable[[], List[Held]]] = None,
+    mismatches: Callable[[], int] = lambda: 0,
 ) -> FastAPI:
     """The application. ``healthy``: "" or why this instance cannot serve; ``held``: what its first rank holds."""
     face = Face(serving, healthy, warn)
     if held is not None:
-        face.metrics.registry.register(Pools(held))
+        face.metrics.registry.register(Pools(held, mismatches))
     app = FastAPI(
         title="kvmove instance", version=version or "0", summary=f"Synthetic engine of {face.model}",
         docs_url=None, redoc_url=None,

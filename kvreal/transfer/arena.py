@@ -47,7 +47,7 @@ class ArenaCarrier(Carrier):
             member.take(peer, theirs, mine)
         else:
             member.give(peer, theirs, mine)
-            if job.copy.fate.corrupt:
+            if job.corrupt:
                 self._spoil(member, peer, theirs, job)
         job.moved = job.nbytes
         return "arena"

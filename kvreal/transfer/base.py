@@ -13,6 +13,7 @@ locations. Injected fates (fail, corrupt, stuck, slow, a fraction) are carried o
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import threading
 import time
@@ -24,6 +25,7 @@ import msgspec
 
 from kvcore.protocol.messages import Rid
 from kvcore.scenario.topology import kind_of
+from kvreal.checksum import Mismatch, Mode, compare, mode_of, sums
 from kvreal.memory import Bytes, Memory, copy_bytes
 from kvreal.store import DiskError
 from kvreal.transfer import file
@@ -32,10 +34,12 @@ from kvreal.transfer.flow import BATCH_BYTES, Flow
 from kvreal.transfer.frames import TransferError
 from kvreal.transfer.job import Copy, Ended, Job, Stopped, WindowShut
 from kvreal.transfer.line import Endpoint, Line, Lines, dial, parse, unix_name
-from kvreal.transfer.window import OVER, Hello, Info, Window, WindowServer, hang_up
+from kvreal.transfer.window import OVER, WRONG, Grant, Hello, Window, WindowServer, hang_up
 from kvreal.transfer.workers import Workers
 
 Make = Callable[[Memory, str, Flow], Carrier]
+
+log = logging.getLogger("kvmove.transfer")
 
 
 class Transfer:
@@ -55,6 +59,9 @@ class Transfer:
         self.greeting: List[str] = []
         self.closing: List[Tuple[str, int]] = []
         self.results: Deque[Union[Ended, WindowShut]] = deque()
+        self.checksums: Mode = "off"
+        self.mismatches: int = 0
+        """Copies whose bytes were wrong, as sums have found."""
         self.wake: int = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self.flow: Flow = Flow()
         self.carriers: Dict[str, Carrier] = {}
@@ -74,7 +81,7 @@ class Transfer:
         self.workers: Workers = Workers("copy")
         unix = any(carrier.unix for carrier in self.carriers.values())
         self.windows: WindowServer = WindowServer(
-            self._prepare, self._serve, self._revoke, self._info, self._check_closing, at,
+            self._prepare, self._serve, self._revoke, self._check_closing, at,
             unix_name(self.process) if unix else "",
         )  # fmt: skip
 
@@ -84,14 +91,19 @@ class Transfer:
         return next(iter(self.carriers))
 
     # ---- the side whose memory is touched
-    def _prepare(self, window: Window) -> Tuple[int, ...]:
+    def _prepare(self, window: Window) -> Grant:
         hello = window.hello
         for slot, size in hello.spans:
             self.memory.check(hello.location, slot, size)
         carrier = self._carrier(hello.by)
         if hello.kind == "write":
             self._soil(carrier, hello.location, [slot for slot, _ in hello.spans])
-        return carrier.prepare(window)
+        at = carrier.prepare(window)
+        check = mode_of(hello.check or "off")
+        slots, sizes = [slot for slot, _ in hello.spans], [size for _, size in hello.spans]
+        wanted = check != "off" and hello.kind == "read" and not hello.part
+        found = sums(self.memory, hello.location, slots, sizes, hello.keys, check) if wanted else ()
+        return Grant(True, "", carrier.info(hello), at, tuple(found))
 
     def _soil(self, carrier: Optional[Carrier], location: str, slots: Sequence[int]) -> None:
         if carrier is None or carrier.soils:
@@ -105,11 +117,17 @@ class Transfer:
             raise TransferError(f"no transport {name!r} here, only {', '.join(self.carriers)}")
         return carrier
 
-    def _info(self, hello: Hello) -> Optional[Info]:
-        return self._carrier(hello.by).info(hello)
-
     def _serve(self, window: Window) -> bytes:
-        return OVER if self.carriers[window.hello.by].serve(window) else b""
+        hello = window.hello
+        if not self.carriers[hello.by].serve(window):
+            return b""
+        if hello.kind == "write" and hello.check and not hello.part:
+            slots, sizes = [slot for slot, _ in hello.spans], [size for _, size in hello.spans]
+            try:
+                compare(self.memory, hello.location, slots, sizes, hello.keys, mode_of(hello.check), hello.sums)
+            except Mismatch:
+                return WRONG  # whoever wrote it says so, and writes it again
+        return OVER
 
     def _revoke(self, window: Window) -> None:
         self.carriers[window.hello.by].revoke(window)
@@ -254,8 +272,6 @@ class Transfer:
             elapsed_s = (time.monotonic_ns() - begun) / 1e9
             job.aborted.wait(elapsed_s * (fate.slow - 1.0))
             job.check()
-        if fate.corrupt and job.copy.effect.read and job.spans:
-            self._spoil(job)
         return transport
 
     def _across(self, job: Job) -> str:
@@ -264,7 +280,31 @@ class Transfer:
             if effect.read:
                 self._soil(None, effect.location, effect.slots)
             return "none"
-        return self._carry_locally(job) if effect.peer == self.address else self._carry_over(job)
+        try:
+            return self._once(job)
+        except Mismatch as error:  # once more, as nothing of it is visible yet
+            self.mismatches += 1
+            log.warning("copy %d with %s: %s; it is made once more", effect.rid[1], effect.peer, error)
+            job.corrupt, job.moved = False, 0
+        try:
+            return self._once(job)
+        except Mismatch as error:
+            self.mismatches += 1
+            raise TransferError(f"wrong bytes twice: {error}") from error
+
+    def _once(self, job: Job) -> str:
+        return self._carry_locally(job) if job.copy.effect.peer == self.address else self._carry_over(job)
+
+    def _mode(self, job: Job) -> Mode:
+        """Disks have sums of their own."""
+        effect = job.copy.effect
+        disk = self.memory.on_disk(effect.location) or kind_of(effect.peer_location) == "disk"
+        return "off" if disk or not effect.keys else self.checksums
+
+    def _mine(self, job: Job, mode: Mode) -> Tuple[List[int], List[int], Tuple[bytes, ...]]:
+        """(slots, sizes, keys) of this side."""
+        keys = job.copy.effect.keys[: len(job.spans)] if mode != "off" else ()
+        return [slot for slot, _, _ in job.spans], [size for _, _, size in job.spans], keys
 
     def _spoil(self, job: Job) -> None:
         """Turn one byte over in the middle of what was read."""
@@ -284,10 +324,14 @@ class Transfer:
         job.began()
         if self.memory.share(fro, out, to, into):
             job.moved = job.nbytes
+            if job.corrupt and effect.read:
+                self._spoil(job)
             return "arena"
         self.memory.soil(to, into, poison=True)
         if self.memory.on_disk(to) or self.memory.on_disk(fro):
             file.carry(job, self.memory, self.flow, to, fro)
+            if job.corrupt and effect.read:
+                self._spoil(job)
             return "file"
         for mine, theirs, size in job.spans:
             target, source = (mine, theirs) if effect.read else (theirs, mine)
@@ -297,6 +341,12 @@ class Transfer:
             else:
                 self._memcpy(job, self.memory.view(to, target, size), self.memory.view(fro, source, size))
             job.moved += size
+        if job.corrupt and effect.read:
+            self._spoil(job)
+        mode = self._mode(job)
+        _, sizes, keys = self._mine(job, mode)
+        compare(self.memory, to, into[: len(sizes)], sizes, keys, mode,
+                sums(self.memory, fro, out[: len(sizes)], sizes, keys, mode))  # fmt: skip
         return "memcpy"
 
     def _memcpy(self, job: Job, target: Bytes, source: Bytes) -> None:
@@ -321,13 +371,18 @@ class Transfer:
                 transport = carrier.carry(job, links[0])
                 job.woken_by(None)
                 job.check()  # its line may have been hung up on at the last moment
-                for link in links:
-                    link.line.end()
+                self._verify(job, links)
+            except Mismatch:
+                raise  # the lines are good
             except BaseException:
                 job.woken_by(None)
                 for link in links:
                     link.line.close()
                 raise
+        except Mismatch:
+            for link in links:
+                self.lines.give(link.line)
+            raise
         except Exception:
             if not job.aborted.is_set():
                 carrier.forget(endpoint.process)  # a connection that failed once is not tried again
@@ -336,6 +391,20 @@ class Transfer:
         for link in links:
             self.lines.give(link.line)
         return transport
+
+    def _verify(self, job: Job, links: List[Link]) -> None:
+        """End the windows, and compare what has crossed with what was to cross. Mismatch."""
+        effect = job.copy.effect
+        mode = self._mode(job)
+        if effect.read and job.corrupt:
+            self._spoil(job)
+        for link in reversed(links):
+            link.line.end()
+            if mode != "off" and not effect.read and link.line.settle() == WRONG:
+                raise Mismatch(f"{effect.peer} has other bytes than were written", ())
+        slots, sizes, keys = self._mine(job, mode)
+        if effect.read:
+            compare(self.memory, effect.location, slots, sizes, keys, mode, links[0].grant.sums)
 
     def _choose(self, job: Job, endpoint: Endpoint) -> Carrier:
         """The first of mine that the peer has too and that reaches both locations. TransferError says what each has."""
@@ -354,6 +423,10 @@ class Transfer:
     def _open(self, job: Job, endpoint: Endpoint, carrier: Carrier, links: List[Link]) -> None:
         """The windows at the peer for this copy, into ``links``: one a stream, each on a line of its own."""
         effect = job.copy.effect
+        mode = self._mode(job)
+        slots, sizes, keys = self._mine(job, mode)
+        if not keys and kind_of(effect.peer_location) == "disk":
+            keys = effect.keys[: len(job.spans)]
         first = Hello(
             self.token,
             "read" if effect.read else "write",
@@ -365,7 +438,9 @@ class Transfer:
             tuple((theirs, size) for _, theirs, size in job.spans),
             carrier.layout(endpoint),
             carrier.name,
-            keys=effect.keys[: len(job.spans)] if kind_of(effect.peer_location) == "disk" else (),
+            keys=keys,
+            check=mode if mode != "off" else "",
+            sums=() if effect.read else tuple(sums(self.memory, effect.location, slots, sizes, keys, mode)),
         )
         parts = 1
 

@@ -72,6 +72,8 @@ class Job:
         self.lock: threading.Lock = threading.Lock()
         self.wake: Optional[Callable[[], None]] = None
         self.moved: int = 0
+        self.corrupt: bool = copy.fate.corrupt
+        """A byte of it is still to be turned over."""
         terms = effect.terms or Terms()
         self.priority: int = terms.priority
         self.weight: int = terms.weight

@@ -188,7 +188,7 @@ class NixlCarrier(Carrier):
             raise TransferError(f"{copy.effect.peer} did not say how to reach its memory")
         mine, theirs = self._descriptors(job, peer, link.grant.at)
         self._move(job, peer, link.line.sock, mine, theirs)
-        if copy.fate.corrupt and not copy.effect.read:
+        if job.corrupt and not copy.effect.read:
             self._spoil_theirs(job, peer, theirs)
         operation = "read" if copy.effect.read else "write"
         return f"nixl/ucx/{self.tables.lanes(operation, int(theirs[:, 1].max()))}"

@@ -84,7 +84,7 @@ class SocketCarrier(Carrier):
         effect = job.copy.effect
         read = effect.read
         spans = [(slot, size) for slot, _, size in job.spans]
-        spoil = job.copy.fate.corrupt and not read
+        spoil = job.corrupt and not read
         limit = self.flow.batch(job)
         for batch in batches(self.memory, effect.location, spans, limit, fill=not read, keys=effect.keys):
             self.flow.turn(job, batch.nbytes)

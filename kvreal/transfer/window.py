@@ -49,7 +49,8 @@ class Hello(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """``kind``: read, write or greet (a first contact that moves nothing). ``spans``: (slot, bytes) of the target's
     memory. ``by``: the transport that carries them. ``layout``: what the asker knows of where that memory lies.
     ``part`` of ``parts``: which of a copy's windows it is, if it has several. ``keys``: the chunks', where the memory
-    is a disk."""
+    is a disk or sums are asked for. ``check``: what is summed, all bytes or samples, empty for nothing; ``sums``: of
+    what a writer writes, chunk by chunk."""
 
     token: str
     kind: str
@@ -64,6 +65,8 @@ class Hello(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     part: int = 0
     parts: int = 1
     keys: Tuple[bytes, ...] = ()
+    check: str = ""
+    sums: Tuple[int, ...] = ()
 
 
 class Info(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -84,6 +87,8 @@ class Grant(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     info: Optional[Info] = None
     at: Tuple[int, ...] = ()
     """Addresses of the spans, where their location has no order that could be computed with."""
+    sums: Tuple[int, ...] = ()
+    """Of what is about to be read, where they were asked for."""
 
 
 _encode = msgspec.msgpack.Encoder().encode
@@ -107,22 +112,21 @@ class Window:
         return False
 
 
-Prepare = Callable[[Window], Tuple[int, ...]]
+Prepare = Callable[[Window], Grant]
 Serve = Callable[[Window], bytes]
 Revoke = Callable[[Window], None]
 
 
 class WindowServer:
     """Accepts connections, one thread each. ``prepare`` runs before a window is granted (what it raises refuses it) and
-    gives addresses; ``serve`` while it is open: the word that answers its END, b"" if the connection is no good any
-    more. ``ended`` is called after each end."""
+    says what is granted; ``serve`` while it is open: the word that answers its END, b"" if the connection is no good
+    any more. ``ended`` is called after each end."""
 
     def __init__(
         self,
         prepare: Prepare,
         serve: Serve,
         revoke: Revoke,
-        info: Callable[[Hello], Optional[Info]],
         ended: Callable[[], None],
         at: Tuple[str, int] = ("127.0.0.1", 0),
         unix: str = "",
@@ -130,7 +134,6 @@ class WindowServer:
         self.prepare: Prepare = prepare
         self.serve: Serve = serve
         self.revoke: Revoke = revoke
-        self.info: Callable[[Hello], Optional[Info]] = info
         self.ended: Callable[[], None] = ended
         self.lock: threading.Lock = threading.Lock()
         self.windows: List[Window] = []
@@ -217,13 +220,12 @@ class WindowServer:
 
     def _granted(self, dialled: Answering, window: Window) -> bytes:
         try:
-            at = self.prepare(window)
-            info = self.info(window.hello)
+            grant = self.prepare(window)
         except Exception as error:
             self.refused += 1
             dialled.send(_encode(Grant(False, str(error))))
             return b""
-        dialled.send(_encode(Grant(True, "", info, at)))
+        dialled.send(_encode(grant))
         with self.lock:
             window.granted = True
             if window.revoked:  # meanwhile: the word must not come before the grant, or into the middle of it
