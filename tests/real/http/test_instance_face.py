@@ -62,7 +62,8 @@ def file(**changes: Any) -> InstanceFile:
     values: dict[str, Any] = {
         "path": "i.yaml", "instance": "a", "namespace": SPACE, "store_at": "LocalCPUBackend",
         "controller": ("localhost", 1), "locations": (("LocalCPUBackend", 9), ("LocalDiskBackend", 9)), "reply": None,
-        "host": "localhost", "worker_ports": (), "data_ports": (), "transport": "tcp", "save_unfull_chunk": True,
+        "host": "localhost", "worker_ports": (), "data_ports": (), "transport": "tcp",
+        "arena": "", "arena_bytes": 0, "save_unfull_chunk": True,
         "config": Config(), "disk_path": "", "tokenizer": "", "max_model_len": 200, "keys": "", "ignored": (),
     }  # fmt: skip
     return InstanceFile(**{**values, **changes})
