@@ -216,6 +216,7 @@ def test_lost_messages_and_faults_are_there(tmp_path: Path) -> None:
     assert any("cut_off" in event["args"] for event in by_phase["X"] if "args" in event)
 
 
+@pytest.mark.real
 def test_both_worlds_beside_each_other(tmp_path: Path) -> None:
     pytest.importorskip("zmq", reason="the real world is not installed: pip install 'kvmove[real]'")
     out = tmp_path / "trace.json"

@@ -14,6 +14,8 @@ import pytest
 from kvcore.scenario.units import Size
 from tests.hardware.found import KINDS, LAYOUTS, WAYS, Asked, Case
 
+pytestmark = pytest.mark.real
+
 ROOT = Path(__file__).resolve().parents[2]
 
 

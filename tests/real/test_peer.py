@@ -25,8 +25,9 @@ from kvreal.run import RunError, run
 from tests.real.http.processes import Command, commands, until
 from tests.real.scenarios import scenario
 
+pytestmark = pytest.mark.real
+
 ROOT = Path(__file__).resolve().parents[2]
-SECRET = secret_of(b"a token that nobody guesses", "here")
 
 
 @pytest.fixture
