@@ -69,6 +69,18 @@ def test_a_longer_prompt_finds_the_tail_of_a_shorter_one(stage: Stage, two: list
     assert answer.tokens == right
 
 
+def test_what_vllm_has_itself_is_not_loaded(stage: Stage, two: list[Engine]) -> None:
+    other = two[1]
+    prompt = letters(503, 300)
+    right = other.complete(prompt, TOKENS)
+    stage.stored("two", prompt)
+    name = 'kvmove_engine_loaded_tokens_total{source="stored",tier="LocalCPUBackend"}'
+    before = other.metrics().get(name, 0)
+    again = other.complete(prompt, TOKENS)
+    assert (again.tokens, again.cached) == (right.tokens, 299)
+    assert other.metrics()[name] - before == 43  # two blocks of 128 are vLLM's own, and the last token is computed
+
+
 def test_a_corrupted_chunk_is_seen(stage: Stage, two: list[Engine]) -> None:
     """The comparison has teeth: bytes that are turned over in the slab make other tokens."""
     other = two[1]

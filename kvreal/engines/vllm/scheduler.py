@@ -117,7 +117,8 @@ class Scheduler:
             self._look(asked)
 
     def _look(self, asked: Asked) -> None:
-        self.names.pop(asked.name, None)
+        if self.names.pop(asked.name, None) is not None:
+            self._say(Drop(asked.name))
         asked.looks += 1
         asked.name = f"{asked.request.request_id}#{asked.looks}"
         asked.at_s = asked.began_s = time.monotonic()
