@@ -1,7 +1,7 @@
 """``kvmove calibrate``: measure this machine on real processes, and write the profile that the simulator reads.
 
-plan.py says what is played, measure.py plays it, samples.py reads what came of it, fit.py, copies.py and solve.py make a
-profile of that, write.py a file, and accuracy.py holds the profile against scenarios that had no part in it.
+plan.py says what is played, measure.py plays it, samples.py reads what came of it; fit.py, copies.py and solve.py make
+a profile of that, write.py a file; accuracy.py holds the profile against scenarios that had no part in it.
 """
 
 from __future__ import annotations

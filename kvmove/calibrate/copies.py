@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import combinations
 from statistics import median
 from typing import Final
@@ -20,24 +21,38 @@ FIXED_UP_TO: Final = 4 << 20
 """Bytes: of the times of copies up to that size a straight line is made."""
 FASTEST: Final = 1e13
 """Bytes a second: where bytes are handed over rather than copied, or their time is lost in noise."""
-INSIDE: Final = "memcpy"
+INSIDE: Final = "inside"
+"""Stands for a transport where none is needed."""
 
 Sizes = dict[tuple[int, int], list[Timed]]
 
 
 def copies_of(profile: Profile, samples: Samples, parts: dict[str, Part], spreads: dict[str, Spread]) -> list[CopyCost]:
     """One entry a kind of pair; what chunks cost, and what copies share, is measured between CPU memories."""
-    found: list[CopyCost] = []
-    first_ns = _first_ns(samples, spreads)
     descriptor_ns = _descriptor_ns(profile, samples, parts, spreads)
+    found = _curves(profile, samples, descriptor_ns, spreads, inside=False)
+    shared = _shared(found, samples, spreads)
+    first_ns = _first_ns(samples, spreads)
+    return [replace(cost, first_ns=first_ns, **shared) for cost in found]
+
+
+def copies_inside(
+    profile: Profile, samples: Sequence[Samples], descriptor_ns: int, spreads: dict[str, Spread]
+) -> list[CopyCost]:
+    """Within one process: no transport has a part in it, so all of them have measured it."""
+    every = Samples(INSIDE)
+    every.moves = [one for each in samples for one in each.moves if one.ask.inside]
+    return _curves(profile, every, descriptor_ns, spreads, inside=True)
+
+
+def _curves(
+    profile: Profile, samples: Samples, descriptor_ns: int, spreads: dict[str, Spread], inside: bool
+) -> list[CopyCost]:
+    found: list[CopyCost] = []
     for kind in samples.kinds():
         sizes = samples.of("sizes" if kind == CPU else "kinds", kind)
-        if not sizes:
-            continue
-        cost = _curve(profile, samples, kind, sizes, descriptor_ns, spreads)
-        if not cost.inside:
-            cost = _shared(replace(cost, first_ns=first_ns), samples, spreads)
-        found.append(cost)
+        if sizes and kind[2] == inside:
+            found.append(_curve(profile, samples, kind, sizes, descriptor_ns, spreads))
     return found
 
 
@@ -93,7 +108,7 @@ def _copy(one: Timed) -> float:
 def label(transport: str, kind: Kind) -> str:
     """Such copies' name in ``Fitted.spreads``."""
     source, target, inside = kind
-    return f"{INSIDE if inside else transport} {source}-{target}"
+    return f"{transport} {source}-{target}{' inside' if inside else ''}"
 
 
 def _curve(
@@ -111,14 +126,12 @@ def _curve(
     fixed = _height([one for one in times if one[0] <= FIXED_UP_TO] or times[:1])
     rates: list[tuple[int, float]] = []
     least_ns = float("inf")
-    for nbytes, took_ns in reversed(
-        times
-    ):  # what disturbs a measurement makes it longer: a larger size's time bounds it
+    for nbytes, took_ns in reversed(times):  # what disturbs one makes it longer: a larger size's time bounds it
         least_ns = max(min(least_ns, took_ns - fixed), nbytes * 1e9 / FASTEST)
         rates.append((nbytes, to_rate(nbytes * 1e9 / least_ns)))
     rates.reverse()
     return CopyCost(
-        transport=INSIDE if inside else samples.transport,
+        transport=samples.transport,
         source=source,
         target=target,
         inside=inside,
@@ -149,16 +162,17 @@ def _rising(rates: list[tuple[int, float]]) -> tuple[tuple[int, float], ...]:
     return tuple(kept)
 
 
-def _shared(cost: CopyCost, samples: Samples, spreads: dict[str, Spread]) -> CopyCost:
-    """Two large ones at once may be as fast as one, never slower than one alone."""
-    best = max([rate for size, rate in cost.rates if size >= SHARED_FROM] or [cost.rates[-1][1]])
-    values = {}
+def _shared(costs: Sequence[CopyCost], samples: Samples, spreads: dict[str, Spread]) -> dict[str, float]:
+    """What all of a transport's copies have in common. Two large ones at once may be as fast as one, never slower than
+    one alone."""
+    large = [rate for cost in costs for size, rate in cost.rates if size >= SHARED_FROM]
+    best = max(large or [rate for cost in costs for _, rate in cost.rates], default=0.0)
+    values: dict[str, float] = {}
     for what, rates in samples.together.items():
         if rates:
             values[f"{what}_bytes_per_s"] = to_rate(max(best, median(rates)))
             spreads[f"{samples.transport} {what}_bytes_per_s"] = spread(rates)
-    cpu = 0.0
     gigabytes = sum(amount for amount, _ in samples.cpu_s)
     if gigabytes:
-        cpu = round(sum(seconds for _, seconds in samples.cpu_s) / gigabytes, 3)
-    return replace(cost, cpu_s_per_gb=cpu, **values)
+        values["cpu_s_per_gb"] = round(sum(seconds for _, seconds in samples.cpu_s) / gigabytes, 3)
+    return values

@@ -13,7 +13,7 @@ import msgspec
 from msgspec.structs import replace
 
 from kvcore.scenario.profile import AUTO, Made, Profile
-from kvmove.calibrate.copies import copies_of
+from kvmove.calibrate.copies import copies_inside, copies_of
 from kvmove.calibrate.plan import Ask, Part
 from kvmove.calibrate.samples import Samples, Spread, Timed, spread
 from kvmove.calibrate.solve import middle, pooled, simulated, solve, to_ns, to_rate
@@ -38,10 +38,10 @@ def fit(
         profile = replace(profile, service_ns=to_ns(median(gaps)))
     profile = _engine(profile, samples, spreads)
     profile = _messages(profile, samples, parts, spreads)
-    copies = [cost for one in samples for cost in copies_of(profile, one, parts, spreads)]
-    inside = {(cost.source, cost.target): cost for cost in reversed(copies) if cost.inside}
-    between = [cost for cost in copies if not cost.inside]
-    return Fitted(_plain(replace(profile, copies=(*between, *inside.values()))), spreads)
+    between = [cost for one in samples for cost in copies_of(profile, one, parts, spreads)]
+    descriptor_ns = min((cost.descriptor_ns for cost in between), default=0)
+    inside = copies_inside(profile, samples, descriptor_ns, spreads)
+    return Fitted(_plain(replace(profile, copies=(*between, *inside))), spreads)
 
 
 # ---- control --------------------------------------------------------------------------------------------------------
@@ -112,12 +112,10 @@ def _plain(profile: Profile) -> Profile:
     cost = profile.cost(AUTO, "cpu", "cpu")
     if cost is None:
         return profile
-    inside = profile.cost(AUTO, "cpu", "disk", True)
     return replace(
         profile,
         transfer_ns=cost.queue_ns + cost.copy_ns,
         descriptor_ns=cost.descriptor_ns,
         copy_bytes_per_s=cost.rates[-1][1],
         host_bytes_per_s=max(cost.host_bytes_per_s, cost.rates[-1][1]),
-        memcpy_bytes_per_s=inside.rates[-1][1] if inside is not None else profile.memcpy_bytes_per_s,
     )

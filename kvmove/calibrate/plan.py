@@ -141,11 +141,13 @@ def sizes(largest: int, quick: bool, rounds: int) -> Part:
 def seldom() -> Part:
     """The small sizes, a move each, soon after the nodes have started: what was not done for a while takes longer."""
     chosen = [size for size in SIZES if size <= SMALL]
-    room = len(chosen) * SMALL
+    room = (len(chosen) + 1) * SMALL
     writer = Writer("sizes", SMALL, 32 * KIB, {"a": {"cpu": room}, "b": {"cpu": room}})
+    writer.store("a", "cpu", OPENER, SIZES[0])
     for size in chosen:
         writer.store("a", "cpu", f"p{size}", size)
     writer.settle()
+    writer.open(0)
     for size in chosen:
         writer.move(f"p{size}", size, ("a", "cpu"), ("b", "cpu"))
         writer.settle()

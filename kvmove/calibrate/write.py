@@ -30,7 +30,7 @@ PLAIN: Final = {
     "window_ns": "a peer is shut out (not measured)",
 }
 INSIDE: Final = {
-    "memcpy_bytes_per_s": "within one process",
+    "memcpy_bytes_per_s": "within one process (not measured)",
     "fill_ns": "an engine writes new KV",
     "fill_bytes_per_s": "",
     "read_ns": "an engine reads KV and compares it with what it should be",
@@ -85,13 +85,13 @@ def _copy(cost: CopyCost, spreads: dict[str, Spread]) -> Iterator[str]:
         yield "    inside: true"
     for field, word in COPY.items():
         value = getattr(cost, field)
-        if value or field.endswith("_ns"):
+        if value or (field.endswith("_ns") and field != "first_ns"):
             found = spreads.get(f"{name} {field}") or spreads.get(f"{cost.transport} {field}")
             yield _field("    ", field, value, word, found)
     yield "    rates:  # [bytes, bytes a second, the fixed costs aside]"
     for nbytes, rate in cost.rates:
         found = spreads.get(f"{name} {nbytes}")
-        more = f", {found.middle / 1e9:.3g} GB/s with them{_plus_minus(found)}" if found is not None else ""
+        more = f", {_gb(found.middle)} GB/s with them{_plus_minus(found)}" if found is not None else ""
         yield f"      - [{nbytes}, {_number(rate)}]  # {size(nbytes)}{more}"
 
 
@@ -108,6 +108,10 @@ def _number(value: int | float) -> str:
     if isinstance(value, int) or value == int(value):
         return f"{int(value):_}"
     return f"{value:g}"
+
+
+def _gb(rate: float) -> str:
+    return f"{rate / 1e9:,.0f}" if rate >= 1e12 else f"{rate / 1e9:.3g}"
 
 
 def _quoted(word: str) -> str:
