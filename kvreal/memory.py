@@ -337,6 +337,13 @@ class Memory:
             raise SlabError(f"{location}: no slot {slot} of {nbytes} bytes among {place.slots} of {place.slot_bytes}")
         return place
 
+    def check_all(self, location: str, spans: Sequence[Tuple[int, int]]) -> None:
+        """``check`` of many (slot, bytes)."""
+        if spans:
+            largest = max(size for _, size in spans)
+            for slot in (min(slot for slot, _ in spans), max(slot for slot, _ in spans)):
+                self.check(location, slot, largest)
+
     def addresses(self, location: str, slots: Sequence[int]) -> Words:
         """Where these slots begin, in this process's address space or its GPU's."""
         place = self.places[location]
@@ -410,18 +417,31 @@ class Memory:
         copy which did not happen cannot be taken for one that did. In the arena they are nobody else's from now on."""
         if location in self.rows and self.member is not None:
             self.member.own(self.row(location, slots))
+        used = [slot for slot in slots if (location, slot) in self.dirty]
+        self.note(location, slots)
+        if not used:
+            return
+        if location in self.stores:
+            self.stores[location].drop(used)
+        elif poison and not self.on_gpu(location):
+            self._poison(location, used)
+
+    def _poison(self, location: str, slots: Sequence[int]) -> None:
+        """All of them at once: a copy may have thousands."""
+        place = self.places[location]
+        slab, first = self.homes[location]
+        if place.ordered:
+            rows = slab.bytes[first : first + place.slots * place.slot_bytes].reshape(place.slots, place.slot_bytes)
+            index: Any = np.asarray(slots, dtype=np.int64)
+            rows[index, :64] = POISON
+            rows[index, -64:] = POISON
+            rows[index, ::POISON_STRIDE] = POISON
+            return
         for slot in slots:
-            item = (location, slot)
-            if item in self.dirty:
-                if location in self.stores:
-                    self.stores[location].drop([slot])
-                elif poison and not self.on_gpu(location):
-                    view = self.view(location, slot, self.places[location].slot_bytes)
-                    view[:64] = POISON
-                    view[-64:] = POISON
-                    view[::POISON_STRIDE] = POISON
-            else:
-                self.dirty.add(item)
+            view = self.view(location, slot, place.slot_bytes)
+            view[:64] = POISON
+            view[-64:] = POISON
+            view[::POISON_STRIDE] = POISON
 
     def wipe(self, keep: Sequence[Tuple[str, int]] = ()) -> int:
         """Overwrite every slot that was ever written and is not in ``keep``; returns how many bytes."""

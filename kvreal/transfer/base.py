@@ -93,8 +93,7 @@ class Transfer:
     # ---- the side whose memory is touched
     def _prepare(self, window: Window) -> Grant:
         hello = window.hello
-        for slot, size in hello.spans:
-            self.memory.check(hello.location, slot, size)
+        self.memory.check_all(hello.location, hello.spans)
         carrier = self._carrier(hello.by)
         if hello.kind == "write":
             self._soil(carrier, hello.location, [slot for slot, _ in hello.spans])
