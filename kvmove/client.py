@@ -219,7 +219,8 @@ class Client:
     ) -> Moved:
         """Returns when num_tokens is fixed; ``wait`` tells how it ended. No ``tokens``: all that is there.
 
-        Options, as in the HTTP body: ``idempotency_key``, ``deadline_s``, ``if_room``, ``cache_salt``.
+        Options, as in the HTTP body: ``idempotency_key``, ``deadline_s``, ``if_room``, ``cache_salt``,
+        ``priority``, ``weight``, ``bandwidth_cap_bytes_per_s``, ``granularity`` (``"prefix"``).
         """
         return _moved(self.call(_move_call(old_position, new_position, tokens, copy, options, self.retry_s > 0)))
 
@@ -247,7 +248,8 @@ class Client:
 
     # ---- ours
     def drain(self, instance_id: str, to: Sequence[str], **options: Any) -> dict[str, Any]:
-        """All of an instance to others. Options: ``locations``, ``copy``, ``deadline_s``, ``if_room``."""
+        """All of an instance to others. Options: ``locations``, ``copy``, ``deadline_s``, ``if_room``, ``priority``,
+        ``weight``, ``bandwidth_cap_bytes_per_s``."""
         found: dict[str, Any] = self.call(_drain_call(instance_id, to, options))
         return found
 

@@ -6,9 +6,18 @@ from typing import Annotated, Any
 
 import typer
 
+from kvcore.scenario.units import Rate, UnitError
 from kvmove import output
 from kvmove.cli import asking
 from kvmove.errors import FAILED, UserError
+
+Priority = Annotated[
+    int, typer.Option("--priority", help="Of the copies that wait, the highest goes first.", min=-100, max=100)
+]
+Weight = Annotated[int, typer.Option("--weight", help="How copies of one priority share.", min=1, max=1000)]
+Cap = Annotated[
+    str | None, typer.Option("--cap", help="Never faster, such as '500 MB/s' or '4 Gbit/s'.", metavar="RATE")
+]
 
 
 def move(
@@ -27,6 +36,12 @@ def move(
     key: Annotated[
         str | None, typer.Option("--idempotency-key", help="Repeat a request safely.", metavar="KEY")
     ] = None,
+    priority: Priority = 0,
+    weight: Weight = 1,
+    cap: Cap = None,
+    prefixes: Annotated[
+        bool, typer.Option("--prefixes", help="Longer and longer prefixes are there on the way.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it would cost; move nothing.")] = False,
     no_wait: Annotated[bool, typer.Option("--no-wait", help="Return once num_tokens is fixed.")] = False,
     url: asking.Url = asking.DEFAULT_URL,
@@ -51,6 +66,7 @@ def move(
     ids = [] if everything else asking.ids_of(prompt, tokens, tokenizer)
     options: dict[str, Any] = {
         "cache_salt": salt or None, "deadline_s": deadline_s, "if_room": if_room or None, "idempotency_key": key,
+        "granularity": "prefix" if prefixes else None, **_terms(priority, weight, cap),
     }  # fmt: skip
     with asking.client(url, token_file) as client:
         if dry_run:
@@ -68,6 +84,19 @@ def move(
         asking.show(event, json_out, "\n".join(asking.event_details(event)))
         if event["state"] != "done" or not event["num_tokens"]:
             raise typer.Exit(FAILED)
+
+
+def _terms(priority: int, weight: int, cap: str | None) -> dict[str, Any]:
+    """As the HTTP body has them. UserError: no rate."""
+    try:
+        cap_bytes_per_s = max(1, int(Rate.parse(cap).bytes_per_s)) if cap is not None else None
+    except UnitError as error:
+        raise UserError(f"--cap: {error}") from None
+    return {
+        "priority": priority or None,
+        "weight": weight if weight != 1 else None,
+        "bandwidth_cap_bytes_per_s": cap_bytes_per_s,
+    }
 
 
 def _costs(found: dict[str, Any]) -> str:
@@ -88,6 +117,9 @@ def drain(
     copy: Annotated[bool, typer.Option("--copy", help="Keep the source.")] = False,
     if_room: Annotated[bool, typer.Option("--if-room", help="Fail rather than evict.")] = False,
     deadline_s: Annotated[float | None, typer.Option("--deadline", metavar="S")] = None,
+    priority: Priority = 0,
+    weight: Weight = 1,
+    cap: Cap = None,
     no_wait: Annotated[bool, typer.Option("--no-wait", help="Return once it has begun.")] = False,
     url: asking.Url = asking.DEFAULT_URL,
     token_file: asking.TokenFile = None,
@@ -104,6 +136,7 @@ def drain(
     """
     options: dict[str, Any] = {
         "locations": locations, "copy": copy or None, "if_room": if_room or None, "deadline_s": deadline_s,
+        **_terms(priority, weight, cap),
     }  # fmt: skip
     with asking.client(url, token_file) as client:
         begun = client.drain(instance, to, **options)
