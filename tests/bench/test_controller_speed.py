@@ -46,8 +46,18 @@ class Client:
     http.client takes 40 us a request, as long as a whole answer of ours."""
 
     def __init__(self, port: int) -> None:
-        self.sock: socket.socket = socket.create_connection(("127.0.0.1", port), timeout=60)
-        self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.port: int = port
+        self.sock: socket.socket = self._connected()
+
+    def _connected(self) -> socket.socket:
+        sock = socket.create_connection(("127.0.0.1", self.port), timeout=60)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        return sock
+
+    def fresh(self) -> None:
+        """A server closes what has been idle for some seconds, as while the other one was asked."""
+        self.sock.close()
+        self.sock = self._connected()
 
     def ask(self, method: str, path: str, body: Optional[bytes] = None) -> Dict[str, Any]:
         answer: Dict[str, Any] = json.loads(self.told(request(method, path, body)))
@@ -183,6 +193,7 @@ def test_control_cost_of_a_move(tmp_path: Path, python: Optional[Path]) -> None:
                 inside: List[float] = []
                 for block in range(5):
                     turns = range(block * 16, block * 16 + 16)
+                    mine_http.fresh()
                     for turn in turns:
                         body = _move(*(("a", "b") if turn % 2 == 0 else ("b", "a")), tokens)
                         begun = time.perf_counter()
@@ -193,6 +204,7 @@ def test_control_cost_of_a_move(tmp_path: Path, python: Optional[Path]) -> None:
                         inside.append(event["duration_s"])
                     if theirs is None or their_http is None:
                         continue
+                    their_http.fresh()
                     for turn in turns:
                         src, dst = ("a", "b") if turn % 2 == 0 else ("b", "a")
                         # It finds what it has moved a little later only; that is not counted.
@@ -275,8 +287,10 @@ def test_lookups_as_the_cluster_grows(ours: Ours, theirs: Optional[Reference]) -
             mine: List[float] = []
             other: List[float] = []
             for _ in range(6):  # in turn, so that both see the same machine; the first of each are not counted
+                one.fresh()
                 mine.append(median_ms(lambda _, o=one, w=whole: o.told(w), 100))  # type: ignore[misc]
                 if two is not None:
+                    two.fresh()
                     times = 30 if count < 1000 else 5
                     other.append(median_ms(lambda _, o=two, w=whole: o.told(w), times))  # type: ignore[misc]
             rates.append(1e3 / statistics.median(mine[1:]))
