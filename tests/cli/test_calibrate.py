@@ -164,6 +164,7 @@ def test_a_profile_of_another_machine_is_said_in_one_line(tmp_path: Path, capsys
 
 
 # ---- for real -------------------------------------------------------------------------------------------------------
+@pytest.mark.slow
 @pytest.mark.real
 def test_it_measures_this_machine_and_writes_what_the_simulator_reads(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
