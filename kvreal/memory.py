@@ -152,6 +152,15 @@ def _pin(address: int, nbytes: int) -> bool:
     return int(torch.cuda.cudart().cudaHostRegister(address, nbytes, 0)) == 0
 
 
+def physical_bytes() -> int:
+    """Memory that this process can have: the machine's, or less where a container has a limit."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        with contextlib.suppress(OSError, ValueError), open(path) as file:
+            return min(total, int(file.read()))
+    return total
+
+
 def provides() -> Tuple[str, ...]:
     """What a scenario may need (``needs:``) that nodes on this machine have: disk always, gpu where torch sees one."""
     return ("disk", "gpu") if _gpu() else ("disk",)
@@ -208,6 +217,8 @@ class Memory:
         if self.arena:
             changed = self._into_arena(locations, slot_bytes) or changed
         wanted = sum(slots * slot_bytes for name, slots in locations if kind_of(name) == "cpu" and not self.arena)
+        if wanted > physical_bytes():  # the kernel would promise it, and kill whoever takes it at its word
+            raise SlabError(f"the CPU locations ask for {wanted} bytes, this machine has {physical_bytes()}")
         if self.cpu is None or self.cpu.nbytes < wanted + PAGE:
             self.cpu = None
             self.cpu = Slab("cpu", _round(wanted + PAGE), self.shared)

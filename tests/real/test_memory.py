@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kvreal.memory import POISON, Memory, SlabError, kind_of
+from kvreal.memory import POISON, Memory, SlabError, kind_of, physical_bytes
 
 
 def test_slots_do_not_overlap_and_neighbours_touch() -> None:
@@ -96,12 +96,14 @@ def test_what_an_engines_process_maps_too_is_a_mapped_file() -> None:
     assert memory.mapped("LocalDiskBackend") and not memory.on_disk("LocalDiskBackend")
 
 
-def test_more_memory_than_there_can_be_is_refused_in_one_line() -> None:
-    with pytest.raises(SlabError, match="cannot get"):
-        Memory().lay_out([("cpu", 1 << 20)], 1 << 40)
-
-
 def test_what_a_name_says() -> None:
     kinds = [kind_of(name) for name in ("LocalCPUBackend", "LocalDiskBackend", "GPU", "cpu")]
     assert kinds == ["cpu", "disk", "gpu", "cpu"]
     assert np.uint8(POISON) == POISON
+
+
+def test_a_pool_larger_than_memory_is_refused_with_both_figures() -> None:
+    memory = Memory()
+    with pytest.raises(SlabError, match=f"ask for {1 << 60} bytes, this machine has {physical_bytes()}"):
+        memory.lay_out([("LocalCPUBackend", 1 << 40)], 1 << 20)
+    assert not memory.places
