@@ -54,6 +54,10 @@ class Arena:
         self.own: List[int] = []
         self.lock_fd: int = _lock_file(folder)
 
+    def __del__(self) -> None:
+        with contextlib.suppress(AttributeError, OSError):
+            os.close(self.lock_fd)
+
     # ---- the file
     def _map(self) -> None:
         path = self.folder / "pool"
