@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import tempfile
+from collections.abc import Iterator
+
 import pytest
 
 from kvreal.transfer.conformance import Conformance
@@ -10,6 +13,17 @@ from tests.hardware.found import KINDS, known_transports, need, way
 pytestmark = [pytest.mark.real, pytest.mark.hardware, pytest.mark.timeout(300)]
 
 PAIRS = [(source, target) for source in KINDS for target in KINDS]
+
+
+@pytest.fixture(scope="class", autouse=True)
+def arena(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Both processes of a pair share one, where that is what is tested."""
+    if request.cls.transport != "arena":
+        yield
+        return
+    with tempfile.TemporaryDirectory(prefix="kvmove-", dir="/dev/shm", ignore_cleanup_errors=True) as folder:
+        request.cls.env = {"KVMOVE_ARENA": folder}
+        yield
 
 
 @pytest.fixture(autouse=True)
