@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from functools import lru_cache
+from functools import lru_cache, partial
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Dict, Final, List, Tuple, cast
 
@@ -21,8 +21,10 @@ from kvreal.transfer.frames import TransferError
 __all__ = ["GROUP", "NAMES", "Transfer", "TransferError", "available", "make", "names", "resolve"]
 
 GROUP: Final = "kvmove.transports"
-NAMES: Final[Tuple[str, ...]] = ("auto", "arena", "nixl", "socket", "tcp")
+NAMES: Final[Tuple[str, ...]] = ("auto", "arena", "nixl", "mooncake", "socket", "tcp")
 """Ours. ``tcp`` is ``socket`` that uses no Unix sockets."""
+PACKAGES: Final[Dict[str, str]] = {"nixl": "pip install nixl", "mooncake": "pip install 'kvmove[mooncake]'"}
+"""What some of them need, and what adds it."""
 ALONE: Final = ("socket", "tcp")
 """These reach every location; any other takes ``socket`` along for those that it does not reach, such as disks."""
 
@@ -54,8 +56,8 @@ def resolve(name: str) -> List[str]:
     here = available()
     if name == "auto":
         return here
-    if name in NAMES and name not in ("arena", "tcp") and name not in here:
-        raise TransferError(f"transport {name} asked for, but the package {name} is not installed (pip install nixl)")
+    if (name == "nixl" and name not in here) or (name == "mooncake" and importlib.util.find_spec(name) is None):
+        raise TransferError(f"transport {name} asked for, but the package {name} is not installed ({PACKAGES[name]})")
     return [name] if name in ALONE else [name, "socket"]
 
 
@@ -71,6 +73,12 @@ def _nixl(memory: Memory, process: str, flow: Flow) -> Carrier:
     return NixlCarrier(memory, process, flow)
 
 
+def _mooncake(memory: Memory, process: str, flow: Flow, host: str = "127.0.0.1") -> Carrier:
+    from kvreal.transfer.mooncake import MooncakeCarrier
+
+    return MooncakeCarrier(memory, process, flow, host)
+
+
 def _socket(memory: Memory, process: str, flow: Flow) -> Carrier:
     from kvreal.transfer.sockets import SocketCarrier
 
@@ -83,7 +91,7 @@ def _tcp(memory: Memory, process: str, flow: Flow) -> Carrier:
     return carrier
 
 
-_OURS: Final[Dict[str, Make]] = {"arena": _arena, "nixl": _nixl, "socket": _socket, "tcp": _tcp}
+_OURS: Final[Dict[str, Make]] = {"arena": _arena, "nixl": _nixl, "mooncake": _mooncake, "socket": _socket, "tcp": _tcp}
 
 
 def _make_of(name: str) -> Make:
@@ -114,7 +122,10 @@ def make(name: str, memory: Memory, at: Tuple[str, int] = ("127.0.0.1", 0)) -> T
 
     NIXL's agent takes about half a second to create."""
     wanted = [*(["arena"] if name == "auto" and memory.arena else []), *resolve(name)]
-    made = Transfer(memory, {one: _make_of(one) for one in wanted}, at)
+    makes = {one: _make_of(one) for one in wanted}
+    if name == "mooncake":
+        makes[name] = partial(_mooncake, host=at[0])
+    made = Transfer(memory, makes, at)
     if name != "auto" and wanted[0] in made.lacking:
         made.stop()
         raise TransferError(made.lacking[wanted[0]])

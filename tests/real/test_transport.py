@@ -22,6 +22,10 @@ class TestNixl(Conformance):
     transport = "nixl"
 
 
+class TestMooncake(Conformance):
+    transport = "mooncake"
+
+
 class TestSocket(Conformance):
     transport = "socket"
 
@@ -80,7 +84,8 @@ def asked(folder: Path, text: str) -> str:
     paths = os.pathsep.join([str(folder), *(path or "." for path in sys.path)])
     begin = "from kvreal.memory import Memory\nfrom kvreal import transfer\nmemory = Memory()\nmemory.lay_out([], 0)\n"
     env = {**os.environ, "PYTHONPATH": paths}
-    command = [sys.executable, "-c", begin + text]
+    end = "\nimport os, sys\nsys.stdout.flush()\nos._exit(0)"  # threads may sit in a transport's C code
+    command = [sys.executable, "-c", begin + text + end]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=env)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
@@ -130,7 +135,7 @@ def test_ours_have_names_that_no_package_can_take() -> None:
 
 
 # ---- what carried the bytes ------------------------------------------------------------------------------------------
-@pytest.fixture(params=["nixl", "socket", "tcp"])
+@pytest.fixture(params=["nixl", "mooncake", "socket", "tcp"])
 def begun(request: pytest.FixtureRequest) -> Iterator[Pair]:
     try:
         resolve(request.param)
@@ -158,6 +163,8 @@ def test_the_transport_named_is_the_one_that_carried(begun: Pair, read: bool, re
         assert ended["transport"] == "tcp" and through_tcp >= ended["nbytes"]
     elif transport == "socket":
         assert ended["transport"] == "unix" and through_tcp == 0
+    elif transport == "mooncake":
+        assert ended["transport"] == "mooncake/tcp" and through_tcp >= ended["nbytes"]
     elif "tcp" in ended["transport"]:
         assert through_tcp >= ended["nbytes"]
     else:

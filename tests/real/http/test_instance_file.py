@@ -82,7 +82,7 @@ def test_no_key_is_both_read_and_ignored() -> None:
         ("lmcache_worker_ports: [8500, 8500]", ":4:23: lmcache_worker_ports:", "given twice"),
         ("lmcache_worker_ports: 85000", ":4:23: lmcache_worker_ports:", "expected a port"),
         ("lmcache_worker_ports: [8500, 8501]\np2p_init_ports: 8200", ":5:17: p2p_init_ports:", "each of 2 ranks"),
-        ("transfer_channel: pigeon", ":4:19: transfer_channel:", "expected one of arena, auto, nixl"),
+        ("transfer_channel: pigeon", ":4:19: transfer_channel:", "expected one of arena, auto, mooncake"),
         ("store_location: nowhere", ":4:17: store_location:", "expected one of LocalCPUBackend"),
         ("kvmove: {model: other/one}", "kvmove.bytes_per_token:", "model other/one is not known"),
         ("kvmove: {ranks: 3}", ":4:17: kvmove.ranks:", "cannot share 131072 bytes"),
