@@ -77,6 +77,8 @@ class Own(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults
     store_at: str = ""
     """Where the engine stores; else the first location."""
     transport: str = ""
+    profile: str = ""
+    """What ``kvmove calibrate`` measured here: ``auto`` chooses by it."""
     arena: str = ""
     """A name, or a folder in memory: instances of this host that name the same hand slots over instead of copying."""
     arena_size: Optional[Size] = None
@@ -142,6 +144,7 @@ class InstanceFile(msgspec.Struct, frozen=True):
     max_model_len: int
     keys: str
     ignored: Tuple[str, ...]
+    profile: str = ""
 
     @property
     def ranks(self) -> int:
@@ -264,6 +267,7 @@ def _meaning(
         tokenizer=_beside(path, own.tokenizer),
         max_model_len=own.max_model_len,
         keys=_beside(path, own.keys),
+        profile=_beside(path, own.profile),
         ignored=ignored,
     )
 

@@ -100,7 +100,7 @@ class Local:
         slot_bytes = file.namespace.chunk_tokens * file.namespace.bytes_per_token
         memory.lay_out(file.locations, slot_bytes)
         data = (endpoint_of(f"{file.host}:0").rpartition(":")[0], file.data_ports[rank] if file.data_ports else 0)
-        transfer = transport(file.transport, memory, sink, data)
+        transfer = transport(file.transport, memory, sink, data, file.profile)
         if keys is not None:
             transfer.windows.secret = keys.window_secret()
         transfer.begin(CLUSTER, self.address)
@@ -164,13 +164,14 @@ def refusal(instance: str, why: str, rest: str) -> str:
     return f"the controller refuses {instance}: {why}: it has {have}, this is {got}"
 
 
-def transport(name: str, memory: Memory, sink: int, at: Tuple[str, int]) -> Transfer:
-    """The named one; with ``auto`` those that really start. TransferError if there is none."""
+def transport(name: str, memory: Memory, sink: int, at: Tuple[str, int], profile: str = "") -> Transfer:
+    """The named one; with ``auto`` those that really start, chosen from by ``profile``. TransferError if there is none.
+    """
     warning = respect(os.environ) if name != "tcp" else ""
     if warning:
         log.warning("%s", warning)
     try:
-        made = make(name, memory, at)
+        made = make(name, memory, at, profile)
     except AddressTaken:
         raise
     except Exception as error:

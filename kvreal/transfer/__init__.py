@@ -15,6 +15,7 @@ from typing import Any, Dict, Final, List, Tuple, cast
 from kvreal.memory import Memory
 from kvreal.transfer.base import Make, Transfer
 from kvreal.transfer.carrier import Carrier
+from kvreal.transfer.choice import profile_from
 from kvreal.transfer.flow import Flow
 from kvreal.transfer.frames import TransferError
 
@@ -117,11 +118,13 @@ def _loaded(name: str) -> Make:
     return cast(Make, made)
 
 
-def make(name: str, memory: Memory, at: Tuple[str, int] = ("127.0.0.1", 0)) -> Transfer:
-    """The transports of this process over ``memory``; peers reach it ``at`` (host, port; 0: any).
+def make(name: str, memory: Memory, at: Tuple[str, int] = ("127.0.0.1", 0), profile: str = "") -> Transfer:
+    """The transports of this process over ``memory``; peers reach it ``at`` (host, port; 0: any). ``profile``: the path
+    of the one by which ``auto`` chooses; none: what KVMOVE_PROFILE names.
 
     NIXL's agent takes about half a second to create."""
     wanted = [*(["arena"] if name == "auto" and memory.arena else []), *resolve(name)]
+    measured = profile_from(profile) if name == "auto" else None
     makes = {one: _make_of(one) for one in wanted}
     if name == "mooncake":
         makes[name] = partial(_mooncake, host=at[0])
@@ -129,4 +132,5 @@ def make(name: str, memory: Memory, at: Tuple[str, int] = ("127.0.0.1", 0)) -> T
     if name != "auto" and wanted[0] in made.lacking:
         made.stop()
         raise TransferError(made.lacking[wanted[0]])
+    made.profile = measured
     return made

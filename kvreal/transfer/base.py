@@ -24,12 +24,14 @@ from typing import Callable, Deque, Dict, List, Optional, Sequence, Tuple, Union
 import msgspec
 
 from kvcore.protocol.messages import Rid
+from kvcore.scenario.profile import Profile
 from kvcore.scenario.topology import kind_of
 from kvreal.checksum import Mismatch, Mode, compare, mode_of, sums
 from kvreal.memory import Bytes, Memory, copy_bytes
 from kvreal.store import DiskError
 from kvreal.transfer import file
 from kvreal.transfer.carrier import Carrier, Link
+from kvreal.transfer.choice import choose
 from kvreal.transfer.flow import BATCH_BYTES, Flow
 from kvreal.transfer.frames import TransferError
 from kvreal.transfer.job import Copy, Ended, Job, Stopped, WindowShut
@@ -77,6 +79,9 @@ class Transfer:
                 self.carriers[carrier.name] = carrier
         if not self.carriers:
             raise TransferError(f"no transport works here: {self.lacking}")
+        self.profile: Optional[Profile] = None
+        """What was measured of these transports here; see choice.py."""
+        self.said: Dict[Tuple[str, str, str], str] = {}
         self.lines: Lines = Lines()
         self.workers: Workers = Workers("copy")
         unix = any(carrier.unix for carrier in self.carriers.values())
@@ -247,7 +252,9 @@ class Transfer:
             state, why = "failed", "copy_max_ns passed"
         now = time.monotonic_ns()
         began = job.began_ns or now
-        ended = Ended(effect.rid, state, why, effect.read, effect.peer, transport, job.moved, job.asked_ns, began, now)
+        ended = Ended(
+            effect.rid, state, why, effect.read, effect.peer, transport, job.moved, job.asked_ns, began, now, job.chosen
+        )  # fmt: skip
         with self.lock:
             del self.jobs[effect.rid]
         self._report(ended)
@@ -406,18 +413,14 @@ class Transfer:
             compare(self.memory, effect.location, slots, sizes, keys, mode, links[0].grant.sums)
 
     def _choose(self, job: Job, endpoint: Endpoint) -> Carrier:
-        """The first of mine that the peer has too and that reaches both locations. TransferError says what each has."""
         effect = job.copy.effect
-        mine, theirs = kind_of(effect.location), kind_of(effect.peer_location)
-        for name, carrier in self.carriers.items():
-            card = endpoint.card(name)
-            if card is not None and carrier.reaches(card, mine, theirs):
-                return carrier
-        have = ", ".join(name for name, _ in endpoint.cards)
-        raise TransferError(
-            f"no transport between {mine} memory here ({', '.join(self.carriers)}) and {theirs} memory of "
-            f"{effect.peer} ({have})"
-        )
+        chosen = choose(job, self.carriers, endpoint, self.profile)
+        job.chosen = chosen.why
+        where = (endpoint.process, effect.location, effect.peer_location)
+        if self.said.get(where) != chosen.carrier.name:
+            self.said[where] = chosen.carrier.name
+            log.info("copies between %s and %s of %s: %s", *where[1:], effect.peer, chosen.why)
+        return chosen.carrier
 
     def _open(self, job: Job, endpoint: Endpoint, carrier: Carrier, links: List[Link]) -> None:
         """The windows at the peer for this copy, into ``links``: one a stream, each on a line of its own."""

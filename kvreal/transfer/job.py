@@ -47,6 +47,8 @@ class Ended(msgspec.Struct, frozen=True):
     asked_ns: int
     began_ns: int
     ended_ns: int
+    chosen: str = ""
+    """Why that transport, in one line."""
 
 
 class WindowShut(msgspec.Struct, frozen=True):
@@ -72,6 +74,7 @@ class Job:
         self.lock: threading.Lock = threading.Lock()
         self.wake: Optional[Callable[[], None]] = None
         self.moved: int = 0
+        self.chosen: str = ""
         self.corrupt: bool = copy.fate.corrupt
         """A byte of it is still to be turned over."""
         terms = effect.terms or Terms()
