@@ -70,7 +70,8 @@ def test_memory_stays_flat(
     quarter = len(sizes) // 4
     early, late = statistics.median(sizes[quarter : 2 * quarter]), statistics.median(sizes[-quarter:])
     assert late - early < GROWTH_BYTES, f"{len(pids)} processes grew from {early:,.0f} to {late:,.0f} bytes"
-    assert max(handles[-quarter:]) <= max(handles[quarter : 2 * quarter]) + 2 * len(pids), handles
+    # The least of several looks: what was closed just now may still be there.
+    assert min(handles[-quarter:]) <= min(handles[quarter : 2 * quarter]) + len(pids) - 1, handles
     seconds = time.monotonic() - began
     note(
         transport=transport, what="load", moves=moves, seconds=round(seconds, 1), MiB=nbytes >> 20,
