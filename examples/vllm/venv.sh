@@ -1,12 +1,12 @@
 #!/bin/sh
-# A venv with vLLM 0.32.0 and kvmove in it: sh examples/vllm/venv.sh VENV [PYTHON]. 2.5 GB, a minute or two.
+# A venv with vLLM 0.32.0 and kvmove in it: sh examples/vllm/venv.sh VENV [PYTHON]. 3 GB, a minute or two.
 # On a machine with a GPU it is vLLM's usual build, else the CPU one.
 set -e
 venv=$1
 python=${2:-python3}
 "$python" -m venv "$venv" || { echo "could not make $venv: is python3-venv installed?"; exit 1; }
 pip="$venv/bin/python -m pip --disable-pip-version-check -q"
-echo "installing vLLM 0.32.0 and kvmove into $venv (once; 2.5 GB)"
+echo "installing vLLM 0.32.0 and kvmove into $venv (once; 3 GB)"
 if ls /dev/nvidia[0-9]* >/dev/null 2>&1 || command -v nvidia-smi >/dev/null; then
     $pip install vllm==0.32.0
 else

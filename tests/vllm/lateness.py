@@ -8,7 +8,6 @@ Both sleep for a millisecond again and again, while the engine computes prompts,
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import subprocess
 import sys
@@ -18,27 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from kvreal.engines.vllm.connector import KVMoveConnector
-from kvreal.engines.vllm.worker import on_all_cores
+from tests.vllm.late import read, watch
 
 VARIABLE = "KVMOVE_TEST_LATENESS"
-SLEEP_S = 0.001
-
-
-async def watch(path: Path) -> None:
-    """Write how late each wake-up was (s), every half second, over and over."""
-    on_all_cores()
-    late: list[float] = []
-    written = time.monotonic()
-    while True:
-        due = time.monotonic() + SLEEP_S
-        await asyncio.sleep(SLEEP_S)
-        now = time.monotonic()
-        late.append(now - due)
-        if now - written > 0.5:
-            new = path.with_suffix(".new")
-            new.write_text(json.dumps(late))
-            new.rename(path)
-            written = time.monotonic()
 
 
 class LateConnector(KVMoveConnector):
@@ -47,8 +28,8 @@ class LateConnector(KVMoveConnector):
 
     def make_worker(self, *args: Any) -> Any:
         folder = Path(os.environ[VARIABLE])
-        threading.Thread(target=lambda: asyncio.run(watch(folder / "thread.json")), daemon=True).start()
-        self.beside = subprocess.Popen([sys.executable, "-m", "tests.vllm.lateness", str(folder / "process.json")])
+        threading.Thread(target=lambda: asyncio.run(watch(folder / "thread.late")), daemon=True).start()
+        self.beside = subprocess.Popen([sys.executable, "-m", "tests.vllm.late", str(folder / "process.late")])
         return super().make_worker(*args)
 
 
@@ -58,14 +39,17 @@ def main() -> None:
     from tests.vllm.prompts import letters
 
     folder = ROOT / "out" / "vllm" / "lateness"
+    for old in folder.glob("*.late"):
+        old.unlink()
     with Stage(folder, model("mid")) as stage:
         stage.controller()
         environ = {"PYTHONPATH": str(ROOT), VARIABLE: str(folder)}
         engine = stage.engine("one", connector=("LateConnector", "tests.vllm.lateness"), environ=environ)
         engine.ready(f"{engine.url}/health")
-        sizes = {}
+        for name in ("thread", "process"):
+            stage.until((folder / f"{name}.late").exists, f"the {name} has begun")
         for when, count in (("idle", 0), ("computing prompts of 4,000 tokens", 6), ("writing 400 tokens", 1)):
-            before = {name: len(json.loads((folder / f"{name}.json").read_text())) for name in ("thread", "process")}
+            before = {name: len(read(folder / f"{name}.late")) for name in ("thread", "process")}
             if count == 6:
                 for i in range(count):
                     engine.complete(letters(i, 4000), 1)
@@ -74,15 +58,11 @@ def main() -> None:
             else:
                 time.sleep(5)
             time.sleep(1.2)
-            sizes[when] = before
             for name in ("thread", "process"):
-                late = sorted(json.loads((folder / f"{name}.json").read_text())[before[name] :])
+                late = sorted(read(folder / f"{name}.late")[before[name] :])
                 parts = [late[int(len(late) * part)] * 1e3 for part in (0.5, 0.99, 0.999)] + [late[-1] * 1e3]
                 print(f"{when:36}{name:9}" + "".join(f"{part:9.2f}" for part in parts) + "  ms: 50, 99, 99.9, 100%")
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 1:
-        asyncio.run(watch(Path(sys.argv[1])))
-    else:
-        main()
+    main()
