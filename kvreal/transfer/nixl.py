@@ -58,12 +58,24 @@ def load_nixl() -> Any:
     segments, and a process that is killed at that moment leaves one behind.
     """
     os.environ.setdefault("UCX_TLS", "^posix,sysv")
+    _leave_without_destructors()
     if not glob.glob("/dev/nvidia[0-9]*"):
         for name in ("nixl_cu13", "nixl_cu12"):
             with contextlib.suppress(ImportError):
                 return importlib.import_module(f"{name}._api")
     _load_cuda_runtime()
     return importlib.import_module("nixl._api")
+
+
+def _leave_without_destructors() -> None:
+    """UCX brings a libnl of its own. Where libibverbs is installed the system's is loaded beside it, and the destructor
+    of one of them crashes, so that a process that has done all its work ends with SIGSEGV. The C library ends it with
+    its own status before that, once Python has ended and what is buffered is written. (Last registered, first called.)
+    """
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "on_exit"):
+        libc.on_exit(libc._exit, None)
+        libc.on_exit(libc.fcloseall, None)
 
 
 def _load_cuda_runtime() -> None:
