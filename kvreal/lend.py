@@ -45,6 +45,7 @@ MAX_NODES: Final = 256
 PIECE_BYTES: Final = 8 << 20
 #: What a borrower may set of a node's environment: what its transports read, by the beginning of its name.
 SETTABLE: Final = ("UCX_", "NIXL_", "KVMOVE_", "MC_", "CUDA_VISIBLE_DEVICES")
+FOLDER: Final = "kvmove-peer-"
 _NAME: Final = re.compile(r"[A-Za-z0-9_.-]{1,200}")
 
 
@@ -163,7 +164,7 @@ class Loan:
         self.spawner: Spawner = spawner
         self.secret: bytes = secret
         self.address: str = address
-        self.folder: Path = Path(tempfile.mkdtemp(prefix="kvmove-peer-"))
+        self.folder: Path = Path(tempfile.mkdtemp(prefix=f"{FOLDER}{os.getpid()}-"))
         self.lock: threading.Lock = threading.Lock()
         self.nodes: Dict[int, subprocess.Popen[bytes]] = {}
         self.over: bool = False
@@ -222,6 +223,14 @@ class Loan:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
+def _sweep() -> None:
+    """Remove the folders of peers that were killed, which could not do it themselves."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{FOLDER}*-*"):
+        pid = folder.name.removeprefix(FOLDER).partition("-")[0]
+        if pid.isdigit() and not Path(f"/proc/{pid}").exists():
+            shutil.rmtree(folder, ignore_errors=True)
+
+
 class Peer:
     """Listens, and lends. ``secret``: what borrowers must have; never empty."""
 
@@ -240,6 +249,7 @@ class Peer:
         except OSError as error:
             raise LendError(f"cannot listen at {host}:{port}: {os.strerror(error.errno or 0)}") from error
         self.address: Tuple[str, int] = self.listener.getsockname()[:2]
+        _sweep()
         self.wake: Tuple[int, int] = os.pipe()
 
     def serve(self, also: int = -1) -> None:

@@ -44,6 +44,8 @@ def waiting(tmp_path: Path, start: Callable[..., Command]) -> Iterator[tuple[Com
     until(lambda: "\n" in command.text() or command.process.poll() is not None, command.text)
     port = int(command.text().splitlines()[0].rpartition(":")[2])
     yield command, (LOOPBACK, port), read_token(token)
+    if command.process.poll() is None:
+        assert command.stop() == 0
 
 
 def children(pid: int) -> list[int]:
@@ -150,7 +152,10 @@ def test_a_peer_that_is_killed_takes_its_nodes_along_too(
         there.give_back(host, True)
         with pytest.raises(RunError, match="gives no answer|cannot be reached"):
             run(scenario(), pool=here, elsewhere={"b": there})
-        shutil.rmtree(there.loan.folder)  # what nobody is left to remove
+    folder = Path(there.loan.folder)
+    assert folder.is_dir()  # nobody was left to remove it
+    lend.Peer(LOOPBACK, 0, b"a secret").close()
+    assert not folder.exists()  # the next one does
 
 
 def test_strangers_are_hung_up_on(tmp_path: Path, waiting: tuple[Command, tuple[str, int], bytes]) -> None:
@@ -208,6 +213,7 @@ def test_the_clusters_keys_will_do(tmp_path: Path, start: Callable[..., Command]
     argv = ["run", "scenarios/smoke/move.yaml", "--on", "real", "--transport", "tcp", "--peer", peer, "--peer-keys"]
     assert call([*argv, str(folders[0])]) == 0
     assert call([*argv, str(folders[1])]) == 2
+    assert command.stop() == 0
 
 
 SSH = """#!{python}
