@@ -175,7 +175,16 @@ class Arena:
 
     def join(self, process: str) -> Member:
         """A row for this process, in the arena that is there or in a new one."""
-        with self._locked(), self._marked(self._map):
+        with self._locked():
+            try:
+                return self._enter(process)
+            except BaseException:
+                if not self._alive():
+                    self._remove()
+                raise
+
+    def _enter(self, process: str) -> Member:
+        with self._marked(self._map):
             self._bury()
             free = np.flatnonzero(~self.ids.any(axis=1))
             if not len(free):
@@ -193,10 +202,14 @@ class Arena:
             self._forget(member.number)
             self.own.remove(member.number)
             os.close(member.fd)
-            if not self._alive():  # whoever waits for the lock finds that its file has gone
-                shutil.rmtree(self.folder, ignore_errors=True)
-                with contextlib.suppress(OSError):
-                    self.folder.parent.rmdir()
+            if not self._alive():
+                self._remove()
+
+    def _remove(self) -> None:
+        """All of it. Whoever waits for the lock finds that its file has gone."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            self.folder.parent.rmdir()
 
     # ---- references; the lock is held
     def _recount(self) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from kvreal.arena import ArenaError, join
 from kvreal.pool import Pool
 from kvreal.session import Session
 from tests.real.scenarios import scenario
@@ -29,3 +30,18 @@ def test_nothing_happens_after_it(pool: Pool, tmp_path: Path) -> None:
         assert all(seat.idle for seat in session.seats.values()), "the processes serve the next run"
     finally:
         session.abandon()
+
+
+def test_an_arena_that_cannot_be_had_leaves_no_folder(tmp_path: Path) -> None:
+    """But one that others are in stays theirs."""
+    folder = tmp_path / "arena"
+    with pytest.raises(ArenaError, match="does not fit"):
+        join(str(folder), "one", 4096, 1 << 60)
+    assert not folder.exists()
+    member = join(str(folder), "two", 4096, 8 * 4096)
+    with pytest.raises(ArenaError, match="this process asks for 4"):
+        join(str(folder), "three", 4096, 4 * 4096)
+    member.lay_out(8)
+    assert member.offset(7) >= 0
+    member.leave()
+    assert not folder.exists()
