@@ -27,6 +27,8 @@ _TITLE = re.compile(r"^\| \S+ (self|intra-node|inter-node)\b.* cfg#(\d+)")
 _OPERATION = re.compile(r"^\| remote memory (read|write) by")
 _ROW = re.compile(r"^\|\s+(?:\d+\s+\|\s+)?(\d+)(?:\.\.(\d+|inf))?\s+\|\s+(.*?)\s+\|\s+(.*?)\s+\|$")
 
+KNOWN_MAX: Final = 256
+
 Row = Tuple[int, float, str]
 """(smallest bytes, largest bytes, lanes) of one protocol's range."""
 
@@ -50,12 +52,15 @@ class Tables:
         self.offset: int = 0
         self.rest: str = ""
         self.tables: Dict[Tuple[str, str, str], List[Row]] = {}
+        self.known: Dict[Tuple[str, int], str] = {}
+        """Answers given since another peer was met: reading what UCX has printed costs more than a small copy."""
         self._where: str = ""
         self._config: str = ""
         self._rows: Optional[List[Row]] = None
 
     def feed(self, text: str) -> None:
         """Parse what was printed since the last call."""
+        self.known.clear()
         lines = (self.rest + text).split("\n")
         self.rest = lines.pop()
         for line in lines:
@@ -92,6 +97,9 @@ class Tables:
     def lanes(self, operation: str, nbytes: int) -> str:
         """What carries a ``read`` or ``write`` of ``nbytes`` (one descriptor) to another process: ``cma``, ``tcp``,
         ``rc_mlx5``... ``unknown`` if UCX has said nothing. Peers reached in different ways are all named."""
+        known = self.known.get((operation, nbytes))
+        if known is not None:
+            return known
         self.read()
         found: List[str] = []
         for (where, kind, _), rows in sorted(self.tables.items()):
@@ -100,7 +108,16 @@ class Tables:
             for low, high, lanes in rows:
                 if low <= nbytes <= high:
                     found += [name for name in _names(lanes) if name not in found]
-        return "+".join(found) or "unknown"
+        text = "+".join(found) or "unknown"
+        if len(self.known) > KNOWN_MAX:
+            self.known.clear()
+        if found:
+            self.known[(operation, nbytes)] = text
+        return text
+
+    def forget(self) -> None:
+        """Another peer is there: it may be reached in another way."""
+        self.known.clear()
 
 
 def _names(lanes: str) -> List[str]:

@@ -26,6 +26,7 @@ import msgspec
 
 from kvreal.memory import Place
 from kvreal.transfer.frames import Answering, Stranger, TransferError
+from kvreal.transfer.workers import punctual
 
 END: Final = b"E"
 """From who moves the bytes: nothing of this window is in flight any more."""
@@ -180,6 +181,7 @@ class WindowServer:
     def _handle(self, sock: socket.socket) -> None:
         """One connection: window after window, until something is wrong with it."""
         strange = True
+        punctual()
         try:
             with sock:
                 dialled = Answering(self.secret, sock, MAX_HELLO)
