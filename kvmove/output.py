@@ -118,5 +118,5 @@ def transport_names() -> tuple[str, ...]:
     try:
         from kvreal.transfer import names
     except ImportError:
-        return ("auto", "arena", "nixl", "socket", "tcp")
+        return ("auto", "arena", "nixl", "mooncake", "socket", "tcp")
     return names()

@@ -50,7 +50,10 @@ def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
         (("run", "x.yaml", "--onn", "sim"), "No such option: --onn"),
         (("run", "x.yaml", "--seed", "seven"), "Invalid value for '--seed'"),
         (("run", "x.yaml", "--on", "reel"), "--on reel: expected one of sim, real, both; did you mean real?"),
-        (("run", "x.yaml", "--transport", "nixxl"), "expected one of auto, arena, nixl, socket, tcp; did you mean nixl?"),
+        (
+            ("run", "x.yaml", "--transport", "nixxl"),
+            "expected one of auto, arena, nixl, mooncake, socket, tcp; did you mean nixl?",
+        ),
         (("run", "/no/such/file.yaml"), "/no/such/file.yaml"),
         (("scenario", "check", "/no/such/file.yaml"), "/no/such/file.yaml"),
         (("history", "/no/such/file.jsonl"), "/no/such/file.jsonl"),
