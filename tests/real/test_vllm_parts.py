@@ -48,14 +48,17 @@ def until(condition: Callable[[], Any], within_s: float = 20.0) -> None:
 class Harness:
     """An engine of ``ranks`` workers, as the connector sees it."""
 
-    def __init__(self, folder: Path, ranks: int, chunks: int, lease_s: float, mode: str = "sync") -> None:
+    def __init__(
+        self, folder: Path, ranks: int, chunks: int, lease_s: float, mode: str, name: str = "one", pull: int = 1
+    ) -> None:
         self.folder: Path = folder
         space = msgspec.structs.replace(SPACE, ranks=ranks)
         size = chunks * CHUNK * space.bytes_per_token
-        path = folder / "one.yaml"
+        path = folder / f"{name}.yaml"
+        keys = f"lmcache_instance_id: {name}, controller_pull_url: 'localhost:{pull}'"
         path.write_text(
-            "{chunk_size: 8, enable_controller: true, lmcache_instance_id: one, controller_pull_url: 'localhost:1', "
-            f"max_local_cpu_size: {size / (1 << 30)!r}, kvmove: {{transport: tcp}}}}"
+            f"{{chunk_size: 8, enable_controller: true, {keys}, max_local_cpu_size: {size / (1 << 30)!r}, "
+            "kvmove: {transport: tcp}}"
         )
         self.caches = [{f"layer {i}": torch.rand(BLOCKS, 2, BLOCK, 16) for i in range(2)} for _ in range(ranks)]
         self.workers = [Worker(str(path), space, rank, Paged(self.caches[rank], BLOCKS)) for rank in range(ranks)]
@@ -135,8 +138,8 @@ class Harness:
 def harness(tmp_path: Path) -> Iterator[Callable[..., Harness]]:
     made: list[Harness] = []
 
-    def make(ranks: int = 1, chunks: int = 16, lease_s: float = 30.0, mode: str = "sync") -> Harness:
-        made.append(Harness(tmp_path, ranks, chunks, lease_s, mode))
+    def make(ranks: int = 1, chunks: int = 16, lease_s: float = 30.0, mode: str = "sync", **more: Any) -> Harness:
+        made.append(Harness(tmp_path, ranks, chunks, lease_s, mode, **more))
         return made[-1]
 
     yield make
@@ -204,6 +207,27 @@ def test_a_prompt_is_stored_and_loaded_elsewhere(harness: Callable[..., Harness]
     one.step(request, [1, 2, 23, 24, 25], 10, 18)
     assert all(same(one.block(0, 23 + i), stored[2 + i]) for i in range(3))
     assert one.workers[0].take_counts()["loaded_tokens|stored|LocalCPUBackend"] == 28
+
+
+def test_the_tail_of_a_prompt_moves_as_whole_blocks(harness: Callable[..., Harness], tmp_path: Path) -> None:
+    from examples.vllm.stage import Stage
+
+    with Stage(tmp_path / "stage", tmp_path) as stage:
+        stage.controller()
+        one, two = (harness(name=name, pull=stage.pull, ranks=2) for name in ("one", "two"))
+        for name in ("one", "two"):
+            stage.registered(name)
+        tokens = list(range(19))
+        one.serve(tokens, [1, 2, 3, 4, 5])
+        stage.stored("one", tokens)
+        moved = stage.move("one", "two", tokens)
+        assert (moved["num_tokens"], moved["end"]["state"]) == (19, "done")
+        assert two.serve(tokens, [11, 12, 13, 14, 15]) == 18
+        for rank in (0, 1):
+            assert all(same(two.block(rank, 11 + i), one.block(rank, 1 + i)) for i in range(5))
+        counts = two.workers[0].take_counts()
+        assert counts["loaded_tokens|moved|LocalCPUBackend"] == 18
+        assert one.matched(one.request(tokens)) == 0  # it has left
 
 
 def test_a_longer_prompt_finds_the_tail_of_a_shorter_one(harness: Callable[..., Harness]) -> None:
