@@ -149,7 +149,7 @@ def test_too_much_memory_is_one_line(pool: Pool) -> None:
 
 
 def test_an_unknown_transport_is_named() -> None:
-    with pytest.raises(TransferError, match="unknown transport 'rdma', expected one of auto, arena, nixl, mooncake, socket, tcp"):
+    with pytest.raises(TransferError, match="unknown transport 'rdma', expected one of auto, arena, nixl, mooncake"):
         run(scenario(), transport="rdma")
 
 
