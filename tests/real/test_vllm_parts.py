@@ -326,6 +326,7 @@ def test_a_killed_rank_is_a_miss_until_it_is_there_again(harness: Callable[..., 
     two = harness(ranks=2)
     tokens = list(range(16))
     two.serve(tokens, [1, 2, 3, 4])
+    assert two.serve(tokens, [21, 22, 23, 24]) == 15  # all that talk to it have talked to it
     first, other = two.workers[0].child.process, two.workers[1].child.process
     first.kill()
     first.wait()

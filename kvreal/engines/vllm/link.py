@@ -23,6 +23,10 @@ class LinkError(Exception):
     """The rank does not answer, or has gone."""
 
 
+class Late(LinkError):
+    """The rank has not answered in time; it may yet."""
+
+
 class Frame(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
     """Base of all that is said."""
 
@@ -221,7 +225,7 @@ class Link:
         while (answer := self.hear(max(0.0, until - time.monotonic()))) is not None:
             if answer.name == frame.name:
                 return answer
-        raise LinkError(f"the rank has not answered for {timeout_s} s")
+        raise Late(f"the rank has not answered for {timeout_s} s")
 
     def close(self) -> None:
         self.sock.close()

@@ -22,7 +22,7 @@ import msgspec
 
 from kvcore.protocol.messages import Namespace
 from kvreal.engines.vllm.blocks import Paged, Rows, Slots, copier
-from kvreal.engines.vllm.link import Failed, Filled, Link, LinkError, Loaded, Store, receive_ready
+from kvreal.engines.vllm.link import Failed, Filled, Late, Link, LinkError, Loaded, Store, receive_ready
 from kvreal.engines.vllm.plan import Load, Plan, Save
 from kvreal.engines.vllm.tally import Counts, Tally
 
@@ -89,15 +89,19 @@ class Speaker:
         self.link: Optional[Link] = None
 
     def ask(self, frame: Any) -> Any:
-        """LinkError."""
-        if self.link is None:
-            self.link = Link(self.address)
-        try:
-            return self.link.ask(frame, ANSWER_S)
-        except LinkError:
-            self.link.close()
-            self.link = None
-            raise
+        """LinkError. A link that is found broken was to a rank that has ended: there may be another by now."""
+        used = self.link is not None
+        while True:
+            if self.link is None:
+                self.link = Link(self.address)
+            try:
+                return self.link.ask(frame, ANSWER_S)
+            except LinkError as error:
+                self.link.close()
+                self.link = None
+                if not used or isinstance(error, Late):
+                    raise
+                used = False
 
 
 class Worker:
