@@ -284,7 +284,7 @@ class Node:
         if item.state == "stopped":
             self.offer(m.CopyStopped(item.rid))
         else:
-            self.offer(m.CopyDone(item.rid, item.state == "done", item.why, item.transport))
+            self.offer(m.CopyDone(item.rid, item.state == "done", item.why, item.transport, item.chosen))
 
     # ---- faults of nodes
     def _befall(self, actions: Tuple[Action, ...]) -> None:

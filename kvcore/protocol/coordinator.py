@@ -86,6 +86,7 @@ class Event:
         self.renewed_ns: int = now
         self.give_up_ns: int = 0
         self.via: str = ""
+        self.chosen: str = ""
         #: every later Release keeps: a retention may have lapsed, or this is a copy
         self.keep: bool = request.copy
         #: found decided in the journal: no Release before every retention has been confirmed, or given up (H36)
@@ -351,6 +352,7 @@ class Coordinator:
             return
         event.committed[r] = m.n
         event.via = m.via or event.via
+        event.chosen = m.chosen or event.chosen
         if m.incarnation == self.incarnation and m.stamp > event.stamps[r]:
             event.stamps[r] = m.stamp
         if event.state == RESERVING:

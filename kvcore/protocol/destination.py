@@ -57,6 +57,7 @@ class Reservation:
         self.fencing: bool = False
         self.fence: Optional[bool] = None
         self.via: str = ""
+        self.chosen: str = ""
 
     def to_copy(self) -> Tuple[Tuple[int, ...], Tuple[int, ...], Tuple[int, ...], Tuple[Key, ...]]:
         """(my slots, the source's slots, lens in tokens, keys) of the chunks that were not here."""
@@ -100,6 +101,7 @@ class Retention:
         self.retain_ns: int = r.retain_ns
         self.present: Tuple[int, ...] = tuple([i for i, slot in enumerate(r.own) if slot < 0])
         self.via: str = r.via
+        self.chosen: str = r.chosen
 
 
 @final
@@ -239,7 +241,7 @@ class Destination:
         if r is None or r.push:
             self.end_quarantine(item.rid)
             return
-        r.via = item.via
+        r.via, r.chosen = item.via, item.chosen
         if not item.ok:
             self._refuse(r, "copy_failed", out, item.why)
         elif not rules.h09:
@@ -280,7 +282,7 @@ class Destination:
         if r is None or not r.push:
             self.end_quarantine(m.rid)
         elif m.ok:
-            r.via = m.via
+            r.via, r.chosen = m.via, m.chosen
             self._commit(now, r, out)
         else:
             self._refuse(r, "source_changed" if m.why == "source_changed" else "copy_failed", out, m.why)
@@ -335,7 +337,7 @@ class Destination:
         out.append(self._committed(r.controller, r.event, retention, r.stamp, r.incarnation))
 
     def _committed(self, controller: str, event: int, kept: Retention, stamp: int, incarnation: int) -> Send:
-        committed = Committed(event, kept.inc, kept.n, stamp, incarnation, kept.present, kept.via)
+        committed = Committed(event, kept.inc, kept.n, stamp, incarnation, kept.present, kept.via, kept.chosen)
         return Send(controller, committed)
 
     # ---- retention

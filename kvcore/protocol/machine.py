@@ -126,12 +126,13 @@ class TimerFired(Record, frozen=True, gc=False):
 
 
 class CopyDone(Record, frozen=True, gc=False):
-    """``via``: the transport that really carried the bytes."""
+    """``via``: the transport that really carried the bytes; ``chosen``: why that one."""
 
     rid: Rid
     ok: bool
     why: str = ""
     via: str = ""
+    chosen: str = ""
 
 
 class CopyStopped(Record, frozen=True, gc=False):

@@ -245,6 +245,8 @@ class Committed(Message, frozen=True, gc=False):
     """Which of keys[:n] were here already, by position: nothing was copied for them."""
     via: str = ""
     """The transport that really carried the bytes, as the driver read it from what carried them."""
+    chosen: str = ""
+    """Why it was that one."""
 
 
 class Retain(Message, frozen=True, gc=False):
@@ -328,6 +330,7 @@ class Pushed(Message, frozen=True, gc=False):
     ok: bool
     why: str = ""
     via: str = ""
+    chosen: str = ""
 
 
 class Stop(Message, frozen=True, gc=False):

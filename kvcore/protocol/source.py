@@ -239,7 +239,7 @@ class Source:
         if isinstance(item, CopyDone):
             alive = writer.pid in self.alive or not self.config.rules.h09
             why = item.why if not item.ok else "" if alive else "source_changed"
-            out.append(Send(writer.dst, Pushed(item.rid, item.ok and alive, why, item.via)))
+            out.append(Send(writer.dst, Pushed(item.rid, item.ok and alive, why, item.via, item.chosen)))
         else:
             out.append(Send(writer.dst, Stopped(item.rid)))
         return True

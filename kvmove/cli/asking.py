@@ -165,6 +165,8 @@ def event_details(event: dict[str, Any]) -> list[str]:
             f"  rank {rank['rank']}: {rank['source']} -> {rank['destination']}, {rank['committed']} of "
             f"{output.plural(rank['pinned'], 'chunk')} there, {rank['present']} of them before; source {gone}"
         )
+    chosen = dict.fromkeys(rank["chosen"] for rank in event.get("ranks") or [] if rank.get("chosen"))
+    lines += [f"  {why}" for why in chosen]
     if event.get("children"):
         lines.append(f"  events: {', '.join(event['children'])}")
     return lines

@@ -249,6 +249,8 @@ class RankOutcome(Reply, frozen=True, kw_only=True):
     kept: int = 0
     why: str = ""
     via: str = ""
+    chosen: str = ""
+    """Why it went that way."""
 
 
 class ChunkOutcome(Reply, frozen=True):
