@@ -49,8 +49,9 @@ class Harness:
     """An engine of ``ranks`` workers, as the connector sees it."""
 
     def __init__(
-        self, folder: Path, ranks: int, chunks: int, lease_s: float, mode: str, name: str = "one", pull: int = 1
-    ) -> None:
+        self, folder: Path, ranks: int, chunks: int, lease_s: float, mode: str, name: str = "one", pull: int = 1,
+        more: str = "",
+    ) -> None:  # fmt: skip
         self.folder: Path = folder
         space = msgspec.structs.replace(SPACE, ranks=ranks)
         size = chunks * CHUNK * space.bytes_per_token
@@ -58,7 +59,7 @@ class Harness:
         keys = f"lmcache_instance_id: {name}, controller_pull_url: 'localhost:{pull}'"
         path.write_text(
             f"{{chunk_size: 8, enable_controller: true, {keys}, max_local_cpu_size: {size / (1 << 30)!r}, "
-            "kvmove: {transport: tcp}}"
+            f"kvmove: {{transport: tcp}}{more}}}"
         )
         self.caches = [{f"layer {i}": torch.rand(BLOCKS, 2, BLOCK, 16) for i in range(2)} for _ in range(ranks)]
         self.workers = [Worker(str(path), space, rank, Paged(self.caches[rank], BLOCKS)) for rank in range(ranks)]
@@ -207,6 +208,22 @@ def test_a_prompt_is_stored_and_loaded_elsewhere(harness: Callable[..., Harness]
     one.step(request, [1, 2, 23, 24, 25], 10, 18)
     assert all(same(one.block(0, 23 + i), stored[2 + i]) for i in range(3))
     assert one.workers[0].take_counts()["loaded_tokens|stored|LocalCPUBackend"] == 28
+
+
+def test_a_disk_is_a_tier_too(harness: Callable[..., Harness], tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    more = f", local_disk: {disk}, max_local_disk_size: 0.0001, store_location: LocalDiskBackend"
+    one = harness(more=more)
+    tokens = list(range(19))
+    one.serve(tokens, [1, 2, 3, 4, 5])
+    request = one.request(tokens)
+    assert one.matched(request) == 18
+    assert one.scheduler.source_of(request) == "LocalDiskBackend"
+    one.step(request, [11, 12, 13, 14, 15], 18, 18)
+    assert all(same(one.block(0, 11 + i), one.block(0, 1 + i)) for i in range(5))
+    assert one.workers[0].take_counts()["loaded_tokens|stored|LocalDiskBackend"] == 18
+    maps = Path(f"/proc/{one.workers[0].child.process.pid}/maps").read_text()
+    assert str(disk) in maps
 
 
 def test_the_tail_of_a_prompt_moves_as_whole_blocks(harness: Callable[..., Harness], tmp_path: Path) -> None:
