@@ -86,6 +86,7 @@ def main(transport: str) -> None:
     from kvcore.protocol.machine import StartCopy
     from kvreal.engines import synthetic
     from kvreal.memory import Memory
+    from kvreal.store import DiskError
     from kvreal.transfer import make
     from kvreal.transfer.job import Copy, Fate
 
@@ -104,6 +105,14 @@ def main(transport: str) -> None:
         return [
             {"what": type(item).__name__, **{f: getattr(item, f) for f in item.__struct_fields__}} for item in found
         ]
+
+    def differs(a: Dict[str, Any], slot: int, name: bytes) -> int:
+        """-1, or the first byte that differs: of a disk's slot that holds nothing, the first of all."""
+        try:
+            held = memory.get(a["location"], slot, a["tokens"] * a["bpt"])
+        except DiskError:
+            return 0
+        return synthetic.check(held, name, a["tokens"], a["bpt"])
 
     def obey(do: str, a: Dict[str, Any]) -> Any:
         if do == "begin":
@@ -125,12 +134,7 @@ def main(transport: str) -> None:
                 memory.put(a["location"], slot, view)
             return None
         if do == "check":
-            return [
-                synthetic.check(
-                    memory.get(a["location"], slot, a["tokens"] * a["bpt"]), key(name), a["tokens"], a["bpt"]
-                )
-                for slot, name in zip(a["slots"], a["keys"])
-            ]
+            return [differs(a, slot, key(name)) for slot, name in zip(a["slots"], a["keys"])]
         if do == "wipe":
             return memory.wipe()
         if do == "copy":
