@@ -136,6 +136,7 @@ class Instance:
             version=self.settings.version,
             held=self.local.held,
             mismatches=lambda: self.local.service.worker.transfer.mismatches,
+            refused=lambda: {name: store.wrong for name, store in self.local.memory.stores.items()},
         )
         config = uvicorn.Config(
             app, log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=3, ws="none"

@@ -71,9 +71,13 @@ class Metrics:
 class Pools:
     """A collector: what this instance's first rank holds and has found, read when it is asked for."""
 
-    def __init__(self, held: Callable[[], List[Held]], mismatches: Callable[[], int]) -> None:
+    def __init__(
+        self, held: Callable[[], List[Held]], mismatches: Callable[[], int], refused: Callable[[], Dict[str, int]]
+    ) -> None:
+        """``refused``: of each disk location, reads that did not find what they should have."""
         self.held: Callable[[], List[Held]] = held
         self.mismatches: Callable[[], int] = mismatches
+        self.refused: Callable[[], Dict[str, int]] = refused
 
     def collect(self) -> Iterator[Any]:
         chunks = GaugeMetricFamily("kvmove_engine_pool_chunks", "Chunks that rank 0 holds.", labels=["location"])
@@ -86,6 +90,14 @@ class Pools:
         yield CounterMetricFamily(
             "kvmove_engine_copies_wrong_bytes", "Copies to rank 0 that its checksums refused.", self.mismatches()
         )
+        refused = CounterMetricFamily(
+            "kvmove_engine_disk_refused",
+            "Reads of rank 0's disks that did not find the chunk they should have, as it was written.",
+            labels=["location"],
+        )
+        for location, count in self.refused().items():
+            refused.add_metric([location], count)
+        yield refused
 
 
 class Face:
@@ -221,11 +233,12 @@ def make_app(
     version: str = "",
     held: Optional[Callable[[], List[Held]]] = None,
     mismatches: Callable[[], int] = lambda: 0,
+    refused: Callable[[], Dict[str, int]] = dict,
 ) -> FastAPI:
     """The application. ``healthy``: "" or why this instance cannot serve; ``held``: what its first rank holds."""
     face = Face(serving, healthy, warn)
     if held is not None:
-        face.metrics.registry.register(Pools(held, mismatches))
+        face.metrics.registry.register(Pools(held, mismatches, refused))
     app = FastAPI(
         title="kvmove instance", version=version or "0", summary=f"Synthetic engine of {face.model}",
         docs_url=None, redoc_url=None,
@@ -247,7 +260,7 @@ def make_app(
         return response
 
     @app.exception_handler(Refusal)
-    async def refused(request: Request, what: Refusal) -> Response:
+    async def refuse(request: Request, what: Refusal) -> Response:
         return JSONResponse(error(what.status, str(what), what.param), what.status)
 
     @app.exception_handler(RankGone)

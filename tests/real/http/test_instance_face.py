@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 
 pytest.importorskip("fastapi")
@@ -19,6 +20,7 @@ from kvcore.protocol.messages import Answer, Namespace, StoreRequest, UseRequest
 from kvreal.http.instance import make_app
 from kvreal.http.serving import RankGone, Serving, cut
 from kvreal.instance_file import InstanceFile
+from kvreal.store import DiskError, Store
 from kvreal.tokenizer import General
 
 MODEL = "llama-3.1-8b"
@@ -245,6 +247,18 @@ def test_models_health_version_and_metrics(setup: Setup) -> None:
     metrics = setup.http.get("/metrics").text
     assert f'vllm:prompt_tokens_total{{model_name="{MODEL}"}} 12.0' in metrics
     assert f'vllm:generation_tokens_total{{model_name="{MODEL}"}} 3.0' in metrics
+
+
+def test_what_a_disk_did_not_have_any_more_is_counted() -> None:
+    store = Store("LocalDiskBackend", 2, 16, None)
+    one = Setup(held=list, refused=lambda: {store.name: store.wrong})
+    series = 'kvmove_engine_disk_refused_total{location="LocalDiskBackend"}'
+    assert f"{series} 0.0" in one.http.get("/metrics").text
+    store.write(0, np.zeros(16, dtype=np.uint8), b"one")
+    with pytest.raises(DiskError):
+        store.read(0, np.empty(16, dtype=np.uint8), b"another")
+    assert f"{series} 1.0" in one.http.get("/metrics").text
+    store.close()
 
 
 def test_an_instance_that_cannot_serve_says_so() -> None:
