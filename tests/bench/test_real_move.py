@@ -15,10 +15,10 @@ pytest.importorskip("zmq")
 
 from kvcore.scenario.build import Built, build
 from kvcore.scenario.loader import loads
+from kvreal.bare import BareNixl, Shape
 from kvreal.pool import Pool
 from kvreal.run import run
 from kvreal.transfer import available
-from tests.bench.bare_nixl import BarePair
 
 pytestmark = pytest.mark.real
 
@@ -46,25 +46,22 @@ def there_and_back(direction: str) -> Built:
 @pytest.mark.parametrize("direction", ["read", "push"])
 def test_a_move_beside_bare_nixl(benchmark: Any, direction: str) -> None:
     built = there_and_back(direction)
-    rows = [[i * CHUNK_BYTES, i * CHUNK_BYTES, CHUNK_BYTES] for i in range(NBYTES // CHUNK_BYTES)]
+    shape = Shape(NBYTES, CHUNK_BYTES)
     bare: List[float] = []
     whole: List[float] = []
     copy: List[float] = []
-    pair = BarePair(NBYTES)
-    try:
-        with Pool("nixl") as pool:
-            run(built, pool=pool)
+    with BareNixl(NBYTES, merged=False) as limit, Pool("nixl") as pool:
+        seconds = limit.meters["bare nixl read" if direction == "read" else "bare nixl write"]
+        run(built, pool=pool)
 
-            def once() -> None:
-                bare.extend(pair.seconds(direction == "read", rows) for _ in range(MOVES))
-                result = run(built, pool=pool)
-                assert result.clean and result.transport is not None and result.transport.startswith("nixl")
-                whole.extend(o.duration_ns / 1e9 for o in result.operations if o.what == "move")
-                copy.extend((p.copy_ns + p.queue_ns) / 1e9 for p in result.phases)
+        def once() -> None:
+            bare.extend(seconds(shape) for _ in range(MOVES))
+            result = run(built, pool=pool)
+            assert result.clean and result.transport is not None and result.transport.startswith("nixl")
+            whole.extend(o.duration_ns / 1e9 for o in result.operations if o.what == "move")
+            copy.extend((p.copy_ns + p.queue_ns) / 1e9 for p in result.phases)
 
-            benchmark.pedantic(once, rounds=3, warmup_rounds=1)
-    finally:
-        pair.close()
+        benchmark.pedantic(once, rounds=3, warmup_rounds=1)
     print(f"\n512 MiB by {direction}, {len(whole)} moves, {len(bare)} bare transfers, seconds best / median")
     for name, times in (("bare NIXL", bare), ("copy of a move", copy), ("whole move", whole)):
         best, median = min(times), statistics.median(times)
