@@ -420,6 +420,13 @@ class Memory:
         if location in self.stores:
             self.check(location, slot, len(into))
             self.stores[location].read(slot, into, key)
+        elif self.on_gpu(location):
+            import torch
+
+            place = self.check(location, slot, len(into))
+            slab, start = self.homes[location]
+            first = start + slot * place.slot_bytes
+            torch.from_numpy(into).copy_(slab.tensor[first : first + len(into)])
         else:
             into[:] = self.get(location, slot, len(into), key)
 
@@ -436,6 +443,12 @@ class Memory:
             self.stores[location].drop(used)
         elif poison and not self.on_gpu(location):
             self._poison(location, used)
+
+    def forget(self, location: str, slots: Sequence[int]) -> None:
+        """What was written there has come to nothing: a disk keeps none of it."""
+        if location in self.stores:
+            with contextlib.suppress(OSError):
+                self.stores[location].drop(slots)
 
     def _poison(self, location: str, slots: Sequence[int]) -> None:
         """All of them at once: a copy may have thousands."""

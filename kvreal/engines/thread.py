@@ -78,6 +78,8 @@ class EngineThread:
             except Exception as error:  # a slot that is not there, memory that went away: this task fails, the node not
                 log.warning("%s %d failed: %s: %s", type(task).__name__, task.fid, type(error).__name__, error)
                 ok = False
+            if isinstance(task, StartFill) and not ok:
+                self.memory.forget(task.location, task.slots)
             self.results.append(FillDone(task.fid, ok) if isinstance(task, StartFill) else ReadDone(task.fid, ok))
             os.eventfd_write(self.wake, 1)
 

@@ -250,6 +250,8 @@ class Transfer:
             state, why = "failed", f"{type(error).__name__}: {error}"
         if state == "stopped" and job.expired:
             state, why = "failed", "copy_max_ns passed"
+        if state != "done":
+            self._forget(job)
         now = time.monotonic_ns()
         began = job.began_ns or now
         ended = Ended(
@@ -259,6 +261,14 @@ class Transfer:
             del self.jobs[effect.rid]
         self._report(ended)
         self._check_closing()
+
+    def _forget(self, job: Job) -> None:
+        """What a copy that came to nothing has written to a disk of this process."""
+        effect = job.copy.effect
+        if effect.read:
+            self.memory.forget(effect.location, effect.slots)
+        elif effect.peer == self.address:
+            self.memory.forget(effect.peer_location, effect.peer_slots)
 
     def _carry(self, job: Job) -> str:
         fate = job.copy.fate

@@ -22,7 +22,8 @@ Span = Tuple[int, int, int, bytes]
 
 
 @lru_cache(maxsize=1)
-def _pool() -> ThreadPoolExecutor:
+def workers() -> ThreadPoolExecutor:
+    """For what is read from disks, and written there."""
     return ThreadPoolExecutor(THREADS, thread_name_prefix="file")
 
 
@@ -41,7 +42,7 @@ def carry(job: Job, memory: Memory, flow: Flow, to: str, fro: str) -> None:
         some, waiting = waiting[:THREADS], waiting[THREADS:]
         flow.turn(job, sum(size for _, _, size, _ in some))
         try:
-            moves: List[Future[None]] = [_pool().submit(_one, memory, to, fro, span) for span in some]
+            moves: List[Future[None]] = [workers().submit(_one, memory, to, fro, span) for span in some]
             errors = [move.exception() for move in moves]  # all of them have ended before anything is said
         finally:
             flow.done()

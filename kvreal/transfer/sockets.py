@@ -1,7 +1,7 @@
 """Plain sockets, TCP or Unix: the window's own line carries the bytes, straight out of one slab and into the other.
 
 Nothing one-sided about it: the target's thread receives every byte, so a window that is shut is shut at once. Memory
-that the kernel cannot reach (a GPU's, a disk's) is staged, a slot at a time.
+that the kernel cannot reach (a GPU's, a disk's) is staged, a slot at a time, the next one while this one is sent.
 
 A large copy over TCP has several streams, each a window of its own: one core carries less of TCP than memory does. Its
 bytes are dealt in stripes, the first to the first stream and so on, so that both ends know which is whose.
@@ -14,7 +14,11 @@ import logging
 import queue
 import socket
 import threading
-from typing import Callable, Final, Iterator, List, Optional, Sequence, Tuple
+from collections import deque
+from concurrent.futures import Future, wait
+from contextlib import closing
+from functools import partial
+from typing import Callable, Deque, Final, Generator, List, Optional, Sequence, Tuple
 
 import numpy as np
 
@@ -22,6 +26,7 @@ from kvcore.scenario.topology import kind_of
 from kvreal.memory import Bytes, Memory
 from kvreal.store import DiskError
 from kvreal.transfer.carrier import Carrier, Link
+from kvreal.transfer.file import workers
 from kvreal.transfer.flow import BATCH_BYTES
 from kvreal.transfer.frames import TransferError
 from kvreal.transfer.job import Job
@@ -32,6 +37,8 @@ log = logging.getLogger("kvmove.transfer")
 ACK: Final = b"\x06"
 PIECE_BYTES: Final = 4 << 20
 """One view of a batch, and one stripe of a copy that has several streams."""
+AHEAD: Final = 1
+"""Staged chunks that are read, or written, while another is sent or received."""
 VECTORS: Final = 512
 """Views given to the kernel in one call (IOV_MAX is 1024)."""
 STREAMS: Final = 2
@@ -86,21 +93,23 @@ class SocketCarrier(Carrier):
         spans = [(slot, size) for slot, _, size in job.spans]
         spoil = job.corrupt and not read
         limit = self.flow.batch(job)
-        for batch in batches(self.memory, effect.location, spans, limit, fill=not read, keys=effect.keys):
-            self.flow.turn(job, batch.nbytes)
-            try:
-                whole = streams.carry(_spoilt(batch.views) if spoil else batch.views)
-            finally:
-                self.flow.done()
-            if whole:
-                batch.store()
-                spoil = False
-                job.moved += batch.nbytes
-            elif read:
-                job.check()
-                raise TransferError(f"{effect.peer} hung up after {job.moved} bytes")
-            else:
-                return  # its answer, or its absence, says what it was
+        found = batches(self.memory, effect.location, spans, limit, fill=not read, keys=effect.keys)
+        with closing(found):
+            for batch in found:
+                self.flow.turn(job, batch.nbytes)
+                try:
+                    whole = streams.carry(_spoilt(batch.views) if spoil else batch.views)
+                finally:
+                    self.flow.done()
+                if whole:
+                    batch.store()
+                    spoil = False
+                    job.moved += batch.nbytes
+                elif read:
+                    job.check()
+                    raise TransferError(f"{effect.peer} hung up after {job.moved} bytes")
+                else:
+                    return  # its answer, or its absence, says what it was
 
     def _settle(self, job: Job, socks: Sequence[socket.socket]) -> None:
         """Wait until the target has put everything away, or has hung up and so puts nothing away any more."""
@@ -114,21 +123,25 @@ class SocketCarrier(Carrier):
             return self._served(window)
         except DiskError as error:
             log.warning("a copy with %s fails: %s", window.hello.peer, error)
+            if window.hello.kind == "write":  # whoever writes hears of it, and counts on none of it
+                self.memory.forget(window.hello.location, [slot for slot, _ in window.hello.spans])
             return False
 
     def _served(self, window: Window) -> bool:
         hello = window.hello
         position = 0
         fill = hello.kind == "read"
-        for batch in batches(self.memory, hello.location, hello.spans, BATCH_BYTES, fill=fill, keys=hello.keys):
-            views = dealt(batch.views, position, hello.parts)[hello.part]
-            position += batch.nbytes
-            if fill:
-                send_all(window.sock, views)
-            elif window.revoked or not receive_into(window.sock, views):
-                return False
-            else:
-                batch.store()
+        found = batches(self.memory, hello.location, hello.spans, BATCH_BYTES, fill=fill, keys=hello.keys)
+        with closing(found):
+            for batch in found:
+                views = dealt(batch.views, position, hello.parts)[hello.part]
+                position += batch.nbytes
+                if fill:
+                    send_all(window.sock, views)
+                elif window.revoked or not receive_into(window.sock, views):
+                    return False
+                else:
+                    batch.store()
         if hello.kind == "write":
             if window.revoked:
                 return False
@@ -203,7 +216,7 @@ def dealt(views: Sequence[Bytes], position: int, parts: int) -> List[List[Bytes]
 
 
 class Batch:
-    """Views of some bytes of some slots; where there can be none, a buffer that ``store`` puts where it belongs."""
+    """Views of some bytes of some slots; where there can be none, a buffer that ``store`` has put where it belongs."""
 
     def __init__(self, views: List[Bytes], store: Optional[Callable[[], None]] = None) -> None:
         self.views: List[Bytes] = views
@@ -222,12 +235,13 @@ def batches(
     limit: int,
     fill: bool = True,
     keys: Sequence[bytes] = (),
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """The bytes of (slot, bytes) spans in order, at most ``limit`` (or one staged slot) at a time. ``fill``: they are
-    read; otherwise they are about to be written. ``keys``: the chunks', if they are known."""
+    read; otherwise they are about to be written. ``keys``: the chunks', if they are known. What a batch shows is good
+    until the next is asked for; once this has ended, or is closed, nothing is read or written any more."""
     if not memory.mapped(location):
-        for (slot, size), key in zip(spans, keys or [b""] * len(spans)):
-            yield _staged(memory, location, slot, size, fill, key)
+        wanted = list(zip(spans, keys or [b""] * len(spans)))
+        yield from _read_ahead(memory, location, wanted) if fill else _write_behind(memory, location, wanted)
         return
     views: List[Bytes] = []
     nbytes = 0
@@ -246,11 +260,57 @@ def batches(
         yield Batch(views)
 
 
-def _staged(memory: Memory, location: str, slot: int, size: int, fill: bool, key: bytes) -> Batch:
-    if fill:
-        return Batch([memory.get(location, slot, size, key)])
-    buffer: Bytes = np.empty(size, dtype=np.uint8)
-    return Batch([buffer], lambda: memory.put(location, slot, buffer, key))
+Wanted = Sequence[Tuple[Tuple[int, int], bytes]]
+"""((slot, bytes), key) of each chunk that is staged."""
+
+
+def _read_ahead(memory: Memory, location: str, wanted: Wanted) -> Generator[Batch, None, None]:
+    """While a chunk is sent the next ones are read."""
+    buffers = _buffers(wanted)
+    reads: Deque[Tuple[Future[None], Bytes]] = deque()
+
+    def begin(at: int) -> None:
+        if at < len(wanted):
+            (slot, size), key = wanted[at]
+            into = buffers[at % len(buffers)][:size]
+            reads.append((workers().submit(memory.fetch, location, slot, into, key), into))
+
+    try:
+        for at in range(AHEAD):
+            begin(at)
+        for at in range(len(wanted)):
+            begin(at + AHEAD)  # into the buffer whose bytes have been sent
+            read, into = reads.popleft()
+            read.result()
+            yield Batch([into])
+    finally:
+        wait([read for read, _ in reads])
+
+
+def _write_behind(memory: Memory, location: str, wanted: Wanted) -> Generator[Batch, None, None]:
+    """While a chunk is received those before it are written; all of them are when the last batch has been asked for."""
+    buffers = _buffers(wanted)
+    writes: Deque[Future[None]] = deque()
+    try:
+        for at, ((slot, size), key) in enumerate(wanted):
+            if len(writes) > AHEAD:
+                writes.popleft().result()
+            data = buffers[at % len(buffers)][:size]
+            put = partial(workers().submit, memory.put, location, slot, data, key)
+            yield Batch([data], partial(_then, writes, put))
+        while writes:
+            writes.popleft().result()
+    finally:
+        wait(writes)
+
+
+def _then(begun: Deque[Future[None]], begin: Callable[[], Future[None]]) -> None:
+    begun.append(begin())
+
+
+def _buffers(wanted: Wanted) -> List[Bytes]:
+    size = max(size for (_, size), _ in wanted)
+    return [np.empty(size, dtype=np.uint8) for _ in range(min(len(wanted), AHEAD + 1))]
 
 
 def send_all(sock: socket.socket, views: Sequence[Bytes]) -> None:

@@ -19,7 +19,7 @@ from kvcore.protocol.machine import StartCopy, StartFill, StartRead
 from kvreal import store as module
 from kvreal.engines.thread import EngineThread
 from kvreal.memory import Memory, SlabError
-from kvreal.store import HALF, PAGE, WHOLE, DiskError, Home, Store, files_in
+from kvreal.store import PAGE, WHOLE, DiskError, Home, Store, files_in
 from kvreal.transfer import Transfer, make
 from kvreal.transfer.job import Copy, Ended, Fate
 
@@ -345,7 +345,7 @@ def test_a_copy_onto_a_full_disk_fails_in_one_line_and_leaves_nothing(
     assert ended.state == "failed"
     monkeypatch.undo()
     memory = (a if peer == "itself" else b).memory
-    assert memory.home is not None and not [file for file in files_in(memory.home.folder) if file.suffix == HALF]
+    assert memory.home is not None and files_in(memory.home.folder) == [], "neither halves nor what nobody knows of"
     assert (a if peer == "itself" else b).copy(a, True, DISK, CPU, KEYS, range(6)).state == "done"
 
 
@@ -358,7 +358,9 @@ def test_a_corrupt_copy_is_wrong_and_yet_whole(nodes: tuple[Node, Node]) -> None
     assert sorted(differ) == [0, 0, 0, 0, 0, 1]
 
 
-def test_a_fill_and_a_use_of_a_disk(tmp_path: Path, full: Callable[[int], None], monkeypatch: Any) -> None:
+def test_a_fill_and_a_use_of_a_disk(
+    tmp_path: Path, full: Callable[[int], None], monkeypatch: Any, caplog: pytest.LogCaptureFixture
+) -> None:
     node = Node("a/0", tmp_path)
     engine = EngineThread(node.memory)
 
@@ -374,8 +376,11 @@ def test_a_fill_and_a_use_of_a_disk(tmp_path: Path, full: Callable[[int], None],
     assert done(StartFill(1, DISK, (0, 1), (ONE, OTHER), (64, 10)))
     assert done(StartRead(2, DISK, (0, 1), (ONE, OTHER), (64, 10)))
     assert not done(StartRead(3, DISK, (1, 0), (ONE, OTHER), (10, 10))), "each other's"
-    full(100)
-    assert not done(StartFill(4, DISK, (2,), (ONE,), (64,)))
+    full(2 * PAGE)
+    assert not done(StartFill(4, DISK, (2, 3), (ONE, OTHER), (64, 64)))
+    (warned,) = [record.getMessage() for record in caplog.records if "StartFill" in record.getMessage()]
+    assert warned == f"StartFill 4 failed: DiskError: {DISK}: slot 3 cannot be written: No space left on device"
+    assert [file.name for file in files_in(tmp_path)] == [f"{slot:08d}{WHOLE}" for slot in (0, 1)]
     monkeypatch.undo()
     assert done(StartFill(5, DISK, (2,), (ONE,), (64,))) and done(StartRead(6, DISK, (2,), (ONE,), (64,)))
     node.close()
