@@ -135,9 +135,11 @@ class Point(Part, frozen=True, kw_only=True):
 
 
 class Machine(Part, frozen=True, kw_only=True):
-    """What this machine can do, as far as a matrix needs to know."""
+    """What this machine can do, as far as a matrix needs to know. ``transports``: those that ``here`` stands for;
+    ``named``: others that work if they are asked for by name; ``known``: all that there are."""
 
     transports: tuple[str, ...]
+    named: tuple[str, ...] = ()
     known: tuple[str, ...]
     available_bytes: int
     gpu: bool
@@ -228,7 +230,7 @@ def _of_amount(block: Block, amount: Size | Tokens, where: Where, machine: Machi
 
 
 def _of_transport(name: str, where: Where, machine: Machine) -> Iterator[Mistake]:
-    if name in machine.transports or name == "auto":
+    if name in (*machine.transports, *machine.named, "auto"):
         return
     if name in machine.known:
         yield Mistake(where, f"transport {name} is not on this machine, which has {', '.join(machine.transports)}")

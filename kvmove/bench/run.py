@@ -42,10 +42,23 @@ def machine() -> Machine:
     except ImportError as error:
         raise RealUnavailable(f"the real world cannot run here ({error}): pip install 'kvmove[real]'") from None
     known = tuple(name for name in transfer.names() if name != "auto")
-    available = _available_bytes()
+    here = tuple(transfer.available())
     return Machine(
-        transports=tuple(transfer.available()), known=known, available_bytes=available, gpu="gpu" in provides()
+        transports=here,
+        named=tuple(name for name in known if name not in here and _works(name)),
+        known=known,
+        available_bytes=_available_bytes(),
+        gpu="gpu" in provides(),
     )
+
+
+def _works(name: str) -> bool:
+    from kvreal import transfer
+
+    try:
+        return bool(transfer.resolve(name))
+    except transfer.TransferError:
+        return False
 
 
 def _available_bytes() -> int:

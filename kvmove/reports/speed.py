@@ -32,6 +32,8 @@ PHASE_WORDS: Final = (
 
 
 # ---- throughput -----------------------------------------------------------------------------------------------------
+ARENA: Final = "arena"
+"""It hands slots over and copies no byte: its rate is no rate, and stands in the table alone."""
 LIMITS: Final = (("memcpy", "memcpy"), ("bare nixl", "bare NIXL"),
                  ("merged nixl", "bare NIXL, merged"), ("raw", "raw socket"))  # fmt: skip
 
@@ -44,13 +46,15 @@ def throughput(bench: Bench) -> Section | None:
     tables: list[Table] = []
     for way in dict.fromkeys(one.route for one in cells):
         here = [one for one in cells if one.route == way]
-        if len({one.nbytes for one in here}) > 1:
-            drawn.append(_throughput_chart(here, f"throughput-{len(drawn) + 1}"))
+        copied = [one for one in here if one.carried != ARENA]
+        if len({one.nbytes for one in copied}) > 1:
+            drawn.append(_throughput_chart(copied, f"throughput-{len(drawn) + 1}"))
         tables.append(_throughput_table(here))
     text = (
         "Each rate is that of a whole move, protocol included. Dashed lines are the limits of the same run: what the"
         " bytes alone take, without a protocol. Of several of a kind, the fastest counts. The columns of limits say how"
-        " many times as fast as the limit ours is: 1 is as fast.",
+        " many times as fast as the limit ours is: 1 is as fast. An arena hands memory over and copies no byte: it is in"
+        " the table, not in the chart.",
     )
     return Section("throughput", "Throughput against size", text, charts=tuple(drawn), tables=tuple(tables))
 

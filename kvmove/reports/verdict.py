@@ -20,7 +20,7 @@ def verdict(found: Found) -> Section:
 
 
 def _fastest(bench: Bench) -> Iterable[str]:
-    single = [cell for cell in bench.cells if cell.concurrency == 1 and cell.of(MOVE) is not None]
+    single = [c for c in bench.cells if c.concurrency == 1 and c.of(MOVE) is not None and c.carried != "arena"]
     if not single:
         return
     most = max(cell.nbytes for cell in single)

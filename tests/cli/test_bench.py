@@ -215,7 +215,11 @@ def test_where_it_should_go_is_a_file(tmp_path: Path, capsys: pytest.CaptureFixt
 
 # ---- the matrices that come along ------------------------------------------------------------------------------------
 EVERYTHING = Machine(
-    transports=("nixl", "socket"), known=("nixl", "socket", "tcp"), available_bytes=64 * GIB, gpu=False
+    transports=("nixl", "socket"),
+    named=("arena",),
+    known=("arena", "nixl", "socket"),
+    available_bytes=64 * GIB,
+    gpu=False,
 )
 
 
