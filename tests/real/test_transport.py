@@ -92,7 +92,7 @@ def asked(folder: Path, text: str) -> str:
 
 
 def test_a_package_brings_a_transport_by_its_entry_point(installed: Path) -> None:
-    assert asked(installed, "print(*transfer.make('courier', memory).carriers)") == "courier"
+    assert asked(installed, "print(*transfer.make('courier', memory).carriers)") == "courier socket"
     assert "courier gone hollow" in asked(installed, "print(*transfer.names())")
     assert asked(installed, "print(type(transfer.make('socket', memory).carriers['socket']).__module__)") == (
         "kvreal.transfer.sockets"
