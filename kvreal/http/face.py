@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any, Dict, Final, List, Optional, Sequence, Tuple, Union
 
 import msgspec
-from msgspec import UNSET
+from msgspec import UNSET, UnsetType
 
 from kvcore.protocol import machine as m
 from kvcore.protocol.chunks import chunk_keys, packed_keys, step_chunks
@@ -316,7 +316,7 @@ class Face:
         answer = await self.service.ask(PinRequest("", ("", ""), (), (), round(body.seconds * NS), numbers[0]))
         if answer.reason == "unknown_event":
             return self._no_pin(body.event_id)
-        return self._pinned(answer, ("", ""), True)
+        return self._pinned(answer, self._pinned_at(numbers[0]), True)
 
     async def unpin(self, body: b.EventBody) -> Reply:
         numbers = self._numbers(body.event_id)
@@ -325,7 +325,14 @@ class Face:
         answer = await self.service.ask(UnpinRequest("", numbers[0]))
         if answer.reason == "unknown_event":
             return self._no_pin(body.event_id)
-        return self._pinned(answer, ("", ""), False)
+        return self._pinned(answer, self._pinned_at(numbers[0]), False)
+
+    def _pinned_at(self, number: int) -> Position:
+        """Where that pin is: an instance that is still to be heard after a restart is not unknown."""
+        view = self.log.get(number)
+        if view is None or isinstance(view.old_position, UnsetType):
+            return "", ""
+        return view.old_position[0], view.old_position[1]
 
     def _no_pin(self, name: str) -> Reply:
         """The machine holds no such pin: 409 if the event is known all the same, with what it is; else 404."""

@@ -71,6 +71,23 @@ def test_an_instance_not_heard_since_a_restart_is_503_then_404(two: Cluster) -> 
     eventually(lambda: controller.move("a", "b", prompt(0)).status_code == 404, 20, "it is not waited for any more")
 
 
+def test_a_pin_whose_instance_is_not_heard_since_a_restart_is_503_and_still_held(two: Cluster) -> None:
+    controller = two.controller
+    two.stored("b", prompt(0))
+    where = {"instance_id": "b", "location": CPU, "tokens": prompt(0)}
+    lease = controller.post("/lease", **where, seconds=60).json()["event_id"]
+    pin = controller.post("/pin", **where).json()["event_id"]
+    two.workers.remove("b")
+    controller.kill()
+    controller.start("--set=dead=20 s")
+    renewed = controller.post("/lease", event_id=lease, seconds=60)
+    unpinned = controller.post("/unpin", event_id=pin)
+    for answer in (renewed, unpinned):
+        assert (answer.status_code, answer.json()["reason"]) == (503, "not_ready"), answer.text
+        assert answer.headers["retry-after"]
+    assert [controller.event(event)["state"] for event in (lease, pin)] == ["held", "held"]
+
+
 def test_an_instance_that_restarts_is_a_new_epoch_and_its_move_fails(two: Cluster) -> None:
     controller = two.controller
     (first,) = [one for one in controller.http.get("/instances").json()["instances"] if one["instance_id"] == "b"]
