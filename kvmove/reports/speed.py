@@ -53,8 +53,8 @@ def throughput(bench: Bench) -> Section | None:
     text = (
         "Each rate is that of a whole move, protocol included. Dashed lines are the limits of the same run: what the"
         " bytes alone take, without a protocol. Of several of a kind, the fastest counts. The columns of limits say how"
-        " many times as fast as the limit ours is: 1 is as fast. An arena hands memory over and copies no byte: it is in"
-        " the table, not in the chart.",
+        " many times as fast as the limit ours is: 1 is as fast. An arena hands memory over and copies no byte: it is"
+        " in the table, not in the chart.",
     )
     return Section("throughput", "Throughput against size", text, charts=tuple(drawn), tables=tuple(tables))
 
