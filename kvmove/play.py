@@ -19,6 +19,7 @@ from kvcore.scenario.history import read
 from kvcore.scenario.loader import load
 from kvcore.scenario.result import Result, Violation
 from kvcore.scenario.schema import Scenario
+from kvcore.scenario.topology import kind_of
 from kvmove import compare
 from kvmove.away import Fleet
 from kvmove.errors import RealUnavailable
@@ -104,6 +105,7 @@ class Player:
         self.rates: bool = rates
         self.fleet: Fleet | None = _fleet(transport, peers, secret, bind) if "real" in worlds else None
         self.provides: tuple[str, ...] = _provides() if "real" in worlds else ()
+        self.away: bool = bool(peers)
 
     def __enter__(self) -> Player:
         return self
@@ -122,7 +124,7 @@ class Player:
         """
         path, scenario, built = prepared.path, prepared.scenario, prepared.built
         played = Played(path, scenario, built)
-        missing = [need for need in built.needs if need not in self.provides]
+        missing = [need for need in self._needs(built) if need not in self.provides]
         try:
             for world in self.worlds:
                 if world == "real" and missing:
@@ -153,6 +155,11 @@ class Player:
                 history.unlink(missing_ok=True)
             raise
         return played
+
+    def _needs(self, built: Built) -> tuple[str, ...]:
+        """What it says, and a GPU where an instance has its memory; that of a peer's is the peer's."""
+        gpu = any(kind_of(place) == "gpu" for one in built.instances.values() for place in one.locations)
+        return (*built.needs, "gpu") if gpu and not self.away and "gpu" not in built.needs else built.needs
 
     def _run(self, world: str, built: Built, history: Path | None) -> Result:
         if world == "sim":

@@ -129,11 +129,11 @@ class Slab:
             self.bytes[start : start + size : PAGE] |= 0
 
     def _on_gpu(self) -> None:
-        import torch
-
         try:
+            import torch
+
             self.tensor = torch.zeros(self.nbytes, dtype=torch.uint8, device="cuda")
-        except RuntimeError as error:
+        except (ImportError, RuntimeError, AssertionError) as error:  # the last: a torch without CUDA
             why = str(error).partition("\n")[0]
             raise SlabError(f"cannot get {self.nbytes} bytes of gpu memory: {why}") from error
         self.address = int(self.tensor.data_ptr())

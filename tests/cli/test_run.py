@@ -174,6 +174,16 @@ def test_a_scenario_that_needs_what_is_missing_is_skipped_for_real_by_name(
     assert f"skipped: {scenario} needs rdma, which this machine lacks" in out
 
 
+def test_gpu_memory_needs_a_gpu_without_its_saying_so(
+    capsys: pytest.CaptureFixture[str], scenario: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("zmq")
+    monkeypatch.setattr("kvmove.play._provides", lambda: ("disk",))
+    scenario.write_text(SCENARIO.replace("cpu", "gpu"))
+    assert call(["run", str(scenario), "--on", "both"]) == 2
+    assert f"skipped: {scenario} needs gpu, which this machine lacks" in capsys.readouterr().out
+
+
 def test_history_shows_and_filters(capsys: pytest.CaptureFixture[str], scenario: Path, tmp_path: Path) -> None:
     assert call(["run", str(scenario), "--history", str(tmp_path)]) == 0
     log = str(tmp_path / "twelve.sim.jsonl")

@@ -107,3 +107,14 @@ def test_a_pool_larger_than_memory_is_refused_with_both_figures() -> None:
     with pytest.raises(SlabError, match=f"ask for {1 << 60} bytes, this machine has {physical_bytes()}"):
         memory.lay_out([("LocalCPUBackend", 1 << 40)], 1 << 20)
     assert not memory.places
+
+
+def test_gpu_memory_without_a_gpu_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch = pytest.importorskip("torch")
+
+    def lacks(*_: object, **__: object) -> None:
+        raise AssertionError("Torch not compiled with CUDA enabled")
+
+    monkeypatch.setattr(torch, "zeros", lacks)
+    with pytest.raises(SlabError, match="cannot get .* bytes of gpu memory: Torch not compiled with CUDA"):
+        Memory().lay_out([("LocalGPUBackend", 1)], 4096)
