@@ -56,7 +56,8 @@ class Violation(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class EventPhases(msgspec.Struct, frozen=True, gc=False, forbid_unknown_fields=True):
     """Where a done move's time went. ``control``: from its request at the controller to the start of its last copy;
     ``copy``: from there to the end of the last copy, less ``queue``, what the driver says it waited for others;
-    ``commit``: from there to its final answer. A move that copied nothing is all control."""
+    ``commit``: from there to its final answer. A move that copied nothing is all control. One that goes prefix by
+    prefix: the sums of its steps, and what was between them is control."""
 
     event: int
     op: str
@@ -160,9 +161,12 @@ def _full(operation: Operation) -> Dict[str, Any]:
 class _Open:
     """A move that has begun and has not ended."""
 
-    def __init__(self, op: str, begun_ns: int) -> None:
-        self.op: str = op
+    def __init__(self, request: MoveRequest, begun_ns: int, parent: int) -> None:
+        self.op: str = request.op
+        self.stepped: bool = request.step > 0
         self.begun_ns: int = begun_ns
+        self.parent: int = parent
+        self.steps: List[EventPhases] = []
         self.started_ns: int = -1
         self.copied_ns: int = -1
         self.queue_ns: int = 0
@@ -206,7 +210,7 @@ class PhaseTracker:
         record = effect.record
         if type(record) is Begin:
             if type(record.request) is MoveRequest:
-                self._open[record.event] = _Open(record.request.op, now)
+                self._open[record.event] = _Open(record.request, now, record.parent)
         elif type(record) is Outcome:
             move = self._open.pop(record.event, None)
             if move is None:
@@ -242,14 +246,22 @@ class PhaseTracker:
             move.copied_ns = max(move.copied_ns, now)
 
     def _finish(self, now: int, event: int, move: _Open) -> None:
+        if move.steps:
+            queue, copy, commit = (sum(one) for one in zip(*((s.queue_ns, s.copy_ns, s.commit_ns) for s in move.steps)))
+            control = now - move.begun_ns - queue - copy - commit
+            nbytes = sum(one.bytes for one in move.steps)
+            self.done.append(EventPhases(event, move.op, control, queue, copy, commit, nbytes))
+            return
         started = move.started_ns if move.copied_ns >= 0 else now
         copied = max(move.copied_ns, started)
         queue = min(move.queue_ns, copied - started)
-        self.done.append(
-            EventPhases(
-                event, move.op, started - move.begun_ns, queue, copied - started - queue, now - copied, move.bytes
-            )
+        done = EventPhases(
+            event, move.op, started - move.begun_ns, queue, copied - started - queue, now - copied, move.bytes
         )
+        self.done.append(done)
+        parent = self._open.get(move.parent)
+        if parent is not None and parent.stepped:  # the chains of a drain overlap
+            parent.steps.append(done)
 
 
 class _Step(Protocol):
