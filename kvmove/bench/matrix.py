@@ -143,6 +143,8 @@ class Machine(Part, frozen=True, kw_only=True):
     known: tuple[str, ...]
     available_bytes: int
     gpu: bool
+    largest_bytes: int = 1 << 62
+    """Sizes above it are left out (--quick), so nothing need have room for them."""
 
 
 def load(path: str, machine: Machine) -> Matrix:
@@ -219,7 +221,7 @@ def _of_amount(block: Block, amount: Size | Tokens, where: Where, machine: Machi
             return
         limits = len(block.beside)
         needed = nbytes * number * 2 * (1 + limits)
-        if needed > machine.available_bytes - SPARE_BYTES:
+        if nbytes <= machine.largest_bytes and needed > machine.available_bytes - SPARE_BYTES:
             beside = f" and of {limits} limits beside it" if limits else ""
             yield Mistake(
                 where,
@@ -263,7 +265,9 @@ def _of_services(service: Services, where: Where, machine: Machine) -> Iterator[
     sizes += [(("contention", "large"), service.contention.large)] if service.contention is not None else []
     sizes += [(("reference", at, "size"), one.size) for at, one in enumerate(service.reference)]
     for more, size in sizes:
-        if size is not None and 2 * size.bytes > machine.available_bytes - SPARE_BYTES:
+        if size is None or size.bytes > machine.largest_bytes:
+            continue
+        if 2 * size.bytes > machine.available_bytes - SPARE_BYTES:
             needed, has = size_text(2 * size.bytes), size_text(machine.available_bytes)
             yield Mistake((*where, *more), f"{size}: both ends take {needed} of memory, this machine has {has}")
 

@@ -299,6 +299,8 @@ def machine_text() -> tuple[dict[str, str], dict[str, str]]:
 
 def load(path: str | None, is_quick: bool, here: Machine) -> Matrix:
     """The matrix of a file, or the standard one."""
+    if is_quick:
+        here = msgspec.structs.replace(here, largest_bytes=QUICK_BYTES)
     wanted = matrix.load(path or str(matrix.STANDARD), here)
     return quick(wanted) if is_quick else wanted
 

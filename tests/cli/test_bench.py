@@ -207,6 +207,16 @@ def test_nothing_is_begun(tmp_path: Path, capsys: pytest.CaptureFixture[str], te
     assert not out.exists()
 
 
+def test_what_quick_leaves_out_needs_no_room(tmp_path: Path) -> None:
+    from kvmove.bench.run import load
+
+    path = written(tmp_path, "name: x\ncells: [{name: c, sizes: [1 MiB, 9 GiB]}]\nservices: [{name: s, memory: 9 GiB}]")
+    (point,) = matrix.points(load(path, True, HERE), HERE)
+    assert point.nbytes == 1 << 20
+    with pytest.raises(Exception, match="9 GiB: both ends take"):
+        load(path, False, HERE)
+
+
 def test_where_it_should_go_is_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "out").write_text("")
     assert call(["bench", "--quick", "--out", str(tmp_path / "out")]) == 2
