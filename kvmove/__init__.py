@@ -1,6 +1,7 @@
 """The face of the project: one command line that runs a scenario in either world or both, compares, and reports.
 
-``kvmove.Client`` and ``kvmove.AsyncClient`` speak to a running controller.
+``kvmove.Client`` and ``kvmove.AsyncClient`` speak to a running controller; what they raise is
+``kvmove.Refused`` or ``kvmove.Unreachable``, both ``kvmove.ClientError``.
 """
 
 from __future__ import annotations
@@ -10,8 +11,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from kvmove.client import AsyncClient as AsyncClient
     from kvmove.client import Client as Client
+    from kvmove.client import ClientError as ClientError
+    from kvmove.client import Refused as Refused
+    from kvmove.client import Unreachable as Unreachable
 
-__all__ = ["AsyncClient", "Client"]
+__all__ = ["AsyncClient", "Client", "ClientError", "Refused", "Unreachable"]
 
 
 def __getattr__(name: str) -> Any:

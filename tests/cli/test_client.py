@@ -198,3 +198,8 @@ def test_a_token_comes_from_a_file_else_the_environment(tmp_path: Any, monkeypat
     assert library.token_from(str(tmp_path / "t")) == "from-file" and library.token_from(None) == "from-env"
     monkeypatch.delenv("KVMOVE_TOKEN")
     assert library.token_from(None) is None
+
+
+def test_what_a_client_raises_is_beside_it() -> None:
+    assert (kvmove.Refused, kvmove.Unreachable) == (library.Refused, library.Unreachable)
+    assert issubclass(kvmove.Refused, kvmove.ClientError) and issubclass(kvmove.Unreachable, kvmove.ClientError)
