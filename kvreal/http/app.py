@@ -279,10 +279,10 @@ def _gets(app: FastAPI, face: Face, allowed: Callable[[str], List[Any]]) -> None
     @app.get("/events", dependencies=read, responses=_responses("EventsReply", 422), name="events")
     async def events(
         limit: int = Query(100, ge=1, le=10_000),
-        state: str = Query("", max_length=32),
-        kind: str = Query("", max_length=32),
+        state: b.State = "",
+        kind: b.Kind = "",
     ) -> Response:
-        """Events, the newest first, without their ranks and chunks."""
+        """Events, the newest first, without their ranks and chunks; all, or those of a state or a kind."""
         return respond(face.events(limit, state, kind))
 
     @app.get("/events/{event_id}", dependencies=read, responses=_responses("EventView", 404, 422), name="event")

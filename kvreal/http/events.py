@@ -290,9 +290,11 @@ class EventLog:
             if len(found) >= limit or number <= since:
                 break
             record = self.records[number]
-            if state not in ("", record.state) or kind not in ("", record.kind):
+            if state not in ("", record.state) or kind not in ("", record.kind, "copy"):
                 continue
-            found.append(self.view(record, False))
+            view = self.view(record, False)
+            if kind in ("", view.kind):  # a copy's record is a move's
+                found.append(view)
         return found
 
     async def ended(self, number: int, timeout_s: float) -> None:

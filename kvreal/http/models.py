@@ -17,6 +17,8 @@ Seconds = Annotated[float, Meta(gt=0, le=604800)]
 Found = Annotated[List[Union[str, int]], Meta(min_length=2, max_length=2)]
 Place = Annotated[Tuple[Name, Name], Meta(description="[instance_id, location]")]
 Idem = Annotated[str, Meta(max_length=256)]
+State = Literal["", "pinning", "reserving", "copying", "releasing", "done", "failed", "held"]
+Kind = Literal["", "move", "copy", "stepped", "drain", "pin", "clear"]
 IDEM_ABOUT = "A repeated request with the same key gets the first one's event, also after a restart, and moves nothing."
 
 

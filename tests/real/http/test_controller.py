@@ -243,6 +243,17 @@ def test_events_are_listed_newest_first(shared: Cluster) -> None:
     assert {event["reason"] for event in events} == {"nothing_held"}
     answer = shared.controller.http.get("/events", params={"limit": "many"})
     assert (answer.status_code, answer.json()["field"]) == (422, "limit")
+    for field in ("state", "kind"):  # nothing is found of what cannot be
+        answer = shared.controller.http.get("/events", params={field: "dnoe"})
+        assert (answer.status_code, answer.json()["field"]) == (422, field)
+
+
+def test_events_are_listed_by_their_kind(shared: Cluster) -> None:
+    names = [shared.controller.move("a", "b", prompt(19_500), copy=copy).json()["event_id"] for copy in (True, False)]
+    for name, kind in zip(names, ("copy", "move")):
+        found = shared.controller.http.get("/events", params={"kind": kind}).json()["events"]
+        assert {event["kind"] for event in found} == {kind}
+        assert found[0]["event_id"] == name
 
 
 def test_the_stream_tells_of_each_state(shared: Cluster) -> None:
