@@ -46,7 +46,7 @@ def throughput(bench: Bench) -> Section | None:
     tables: list[Table] = []
     for way in dict.fromkeys(one.route for one in cells):
         here = [one for one in cells if one.route == way]
-        copied = [one for one in here if one.carried != ARENA]
+        copied = _once([one for one in here if one.carried != ARENA])
         if len({one.nbytes for one in copied}) > 1:
             drawn.append(_throughput_chart(copied, f"throughput-{len(drawn) + 1}"))
         tables.append(_throughput_table(here))
@@ -57,6 +57,14 @@ def throughput(bench: Bench) -> Section | None:
         " in the table, not in the chart.",
     )
     return Section("throughput", "Throughput against size", text, charts=tuple(drawn), tables=tuple(tables))
+
+
+def _once(cells: Sequence[Cell]) -> list[Cell]:
+    """Of the same move in several parts of a matrix, the one with most limits beside it."""
+    found: dict[tuple[str, int, int], Cell] = {}
+    for cell in sorted(cells, key=lambda one: -len(one.series)):
+        found.setdefault((cell.transport, cell.chunk_bytes, cell.nbytes), cell)
+    return list(found.values())
 
 
 def _throughput_table(cells: Sequence[Cell]) -> Table:

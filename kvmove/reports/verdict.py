@@ -94,14 +94,14 @@ def _goal_table(judged: Sequence[Judged]) -> Table:
     rows = []
     for one in judged:
         goal = one.goal
-        bound = f"at least {goal.least:g}" if goal.least is not None else f"at most {goal.most:g}"
+        asked = goal.least if goal.least is not None else goal.most or 0.0
+        bound = seconds(asked) if goal.median else f"{asked:g}"
+        shown_bound = f"{'at least' if goal.least is not None else 'at most'} {bound}"
         if one.found is None:
-            rows.append((goal.say, bound, "-", f"not measured: {one.why}"))
+            rows.append((goal.say, shown_bound, "-", f"not measured: {one.why}"))
             continue
-        unit = {"s": "", "times as fast": ""}.get(one.unit, f" {one.unit}")
-        found = times(one.found) if one.unit == "s" else plain(one.found) + unit
-        shown = bound if one.unit != "s" else bound.replace(f"{goal.least or goal.most:g}",
-                                                            seconds(goal.least or goal.most or 0))  # fmt: skip
-        rows.append((goal.say, shown + unit, found, "✓ met" if one.met else "✗ missed"))
+        unit = "" if goal.median or goal.ratio else f" {one.unit}"
+        found = times(one.found) if goal.median else plain(one.found) + unit
+        rows.append((goal.say, shown_bound + unit, found, "✓ met" if one.met else "✗ missed"))
     return Table("Goals: what was asked, and the median found (with the middle half of the samples)",
                  ("goal", "asked", "found", ""), tuple(rows))  # fmt: skip

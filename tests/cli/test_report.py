@@ -198,6 +198,16 @@ def test_the_twin_says_the_same(folder: Path, page: Page) -> None:
         assert alt in twin
 
 
+def test_one_point_a_size() -> None:
+    """A move that stands in two parts of a matrix is drawn once, as it was measured beside its limits."""
+    from kvmove.reports.speed import throughput
+
+    again = cell("again", 64 * MIB, (1.0, 1.0, 1.0, 1.0))
+    section = throughput(msgspec.structs.replace(BENCH, cells=(again, *BENCH.cells)))
+    assert section is not None and "nixl reaches 6.71 GB/s at 64 MiB" in section.charts[0].alt
+    assert len(section.tables[0].rows) == 3
+
+
 def test_what_can_be_copied(folder: Path) -> None:
     html = (folder / "index.html").read_text()
     blocks = re.findall(r"<pre>([^<]*\t[^<]*)</pre>", html)
