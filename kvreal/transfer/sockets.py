@@ -309,7 +309,7 @@ def _then(begun: Deque[Future[None]], begin: Callable[[], Future[None]]) -> None
 
 
 def _buffers(wanted: Wanted) -> List[Bytes]:
-    size = max(size for (_, size), _ in wanted)
+    size = max((size for (_, size), _ in wanted), default=0)  # a link that is tried has none
     return [np.empty(size, dtype=np.uint8) for _ in range(min(len(wanted), AHEAD + 1))]
 
 

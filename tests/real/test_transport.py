@@ -14,6 +14,7 @@ from kvreal.memory import Memory
 from kvreal.transfer import TransferError, available, make, names, resolve
 from kvreal.transfer.conformance import SLOT, Conformance, Pair
 from kvreal.transfer.proof import Tables
+from kvreal.transfer.sockets import batches
 
 pytestmark = pytest.mark.real
 
@@ -199,3 +200,8 @@ def test_ucx_counts_what_we_name(tls: str) -> None:
                 assert set(found.values()) == {tls}
         finally:
             pair.close()
+
+
+@pytest.mark.parametrize("fill", [True, False])
+def test_a_greeting_names_no_location_and_moves_nothing(fill: bool) -> None:
+    assert list(batches(Memory(), "", (), SLOT, fill=fill)) == []
