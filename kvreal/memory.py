@@ -22,7 +22,7 @@ import numpy.typing as npt
 
 from kvcore.scenario.topology import kind_of as kind_of
 from kvreal.arena import ArenaError, Member, join
-from kvreal.store import DiskError, Home, Store
+from kvreal.store import Carries, DiskError, Home, Store
 
 Bytes = npt.NDArray[np.uint8]
 Words = npt.NDArray[np.uint64]
@@ -192,6 +192,8 @@ class Memory:
         """Locations in the arena -> where their slots begin in this process's row."""
         self.disk_path: str = ""
         """Where disk locations keep their files; none: where temporary files are, without a name."""
+        self.disk_by: Optional[Carries] = None
+        """What carries bytes into those files and back; none: the kernel's calls. Set before ``lay_out``."""
         self.home: Optional[Home] = None
         self.stores: Dict[str, Store] = {}
         self.cpu: Optional[Slab] = None
@@ -277,7 +279,7 @@ class Memory:
         try:
             if self.disk_path and self.home is None:
                 self.home = Home(self.disk_path)
-            return Store(name, slots, slot_bytes, self.home)
+            return Store(name, slots, slot_bytes, self.home, self.disk_by)
         except DiskError as error:
             raise SlabError(str(error)) from error
 

@@ -26,7 +26,7 @@ import tempfile
 import threading
 import uuid
 from pathlib import Path
-from typing import Any, Final, List, Optional, Sequence, Tuple
+from typing import Any, Final, List, Optional, Protocol, Sequence, Tuple
 
 import numpy as np
 import numpy.typing as npt
@@ -97,11 +97,35 @@ def _sweep(path: Path) -> None:
         log.info("%s: dropped what %d ended processes left: %d chunks and %d half-written", path, homes, whole, half)
 
 
+class Carries(Protocol):
+    """What brings a chunk's bytes into a file and back, in the thread that asks; OSError: it cannot."""
+
+    def write(self, fd: int, data: Bytes, start: int) -> None:
+        """All of ``data``, from byte ``start`` of the file on."""
+
+    def read(self, fd: int, into: Bytes, start: int) -> bool:
+        """All of ``into``. False: the file is shorter."""
+
+
+class Calls:
+    """The kernel's calls, which copy while other threads go on."""
+
+    def write(self, fd: int, data: Bytes, start: int) -> None:
+        _write(fd, data.data, start)
+
+    def read(self, fd: int, into: Bytes, start: int) -> bool:
+        return _read(fd, into, start)
+
+
 class Store:
     """One location. Any thread; a slot has one writer at a time, and no reader meanwhile."""
 
-    def __init__(self, name: str, slots: int, slot_bytes: int, home: Optional[Home]) -> None:
+    def __init__(
+        self, name: str, slots: int, slot_bytes: int, home: Optional[Home], by: Optional[Carries] = None
+    ) -> None:
+        """``by``: what carries the bytes of chunks; none: ``Calls``."""
         self.name: str = name
+        self.by: Carries = by or Calls()
         self.slot_bytes: int = slot_bytes
         self.lock: threading.Lock = threading.Lock()
         self.wrong: int = 0
@@ -123,22 +147,24 @@ class Store:
             log.warning("%s: %d bytes are free under %s, %d would be needed to fill it",
                         name, free, self.folder or tempfile.gettempdir(), slots * self.stride)  # fmt: skip
 
-    def write(self, slot: int, data: Bytes, key: bytes) -> None:
-        """DiskError: what was there before is gone, and nothing is there instead."""
+    def write(self, slot: int, data: Bytes, key: bytes, by: Optional[Carries] = None) -> None:
+        """``by``: what carries these bytes, if not what carries the others. DiskError: what was there before is gone,
+        and nothing is there instead."""
         head = _head(data, key)
+        by = by or self.by
         fd = -1
         part: Optional[Path] = None
         try:
             if self.folder is not None:
                 part = self._path(slot, HALF)
-                fd, start = os.open(part, os.O_CREAT | os.O_TRUNC | os.O_WRONLY | os.O_CLOEXEC, 0o600), 0
+                fd, start = os.open(part, os.O_CREAT | os.O_TRUNC | os.O_RDWR | os.O_CLOEXEC, 0o600), 0
                 _write(fd, head, start)
-                _write(fd, data.data, start + PAGE)
+                by.write(fd, data, start + PAGE)
                 part.rename(self._path(slot, WHOLE))
             else:
                 start = slot * self.stride
                 _write(self.file.fileno(), bytes(PAGE), start)
-                _write(self.file.fileno(), data.data, start + PAGE)
+                by.write(self.file.fileno(), data, start + PAGE)
                 _write(self.file.fileno(), head, start)
         except OSError as error:
             if part is not None:
@@ -151,7 +177,7 @@ class Store:
             if fd >= 0:
                 os.close(fd)
 
-    def read(self, slot: int, into: Bytes, key: bytes = b"") -> None:
+    def read(self, slot: int, into: Bytes, key: bytes = b"", by: Optional[Carries] = None) -> None:
         """The first ``len(into)`` bytes of a slot. ``key``: whose they must be; none: whoever's. DiskError: they are
         not there, or not what was written; ``into`` may hold anything then."""
         try:
@@ -166,7 +192,7 @@ class Store:
             if size < len(into):
                 raise self._wrong(slot, f"holds {size} bytes, not {len(into)}")
             whole = into if size == len(into) else np.empty(size, dtype=np.uint8)
-            if not _read(fd, whole, start + PAGE) or _sum(whole, found) != total:
+            if not (by or self.by).read(fd, whole, start + PAGE) or _sum(whole, found) != total:
                 raise self._wrong(slot, "is not what was written: its checksum differs")
             if whole is not into:
                 into[:] = whole[: len(into)]

@@ -10,7 +10,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
 from typing import Final, List, Tuple
 
+import numpy as np
+
 from kvreal.memory import Memory
+from kvreal.transfer import posix
 from kvreal.transfer.flow import Flow
 from kvreal.transfer.job import Job
 
@@ -55,7 +58,15 @@ def carry(job: Job, memory: Memory, flow: Flow, to: str, fro: str) -> None:
 
 def _one(memory: Memory, to: str, fro: str, span: Span) -> None:
     target, source, size, key = span
-    if memory.mapped(to):
+    gds = posix.gds() if memory.on_gpu(to) or memory.on_gpu(fro) else None
+    if gds is not None and memory.on_gpu(fro):
+        data = memory.get(fro, source, size)
+        memory.stores[to].write(target, data, key, posix.Direct(gds, memory, fro, source))
+    elif gds is not None:
+        memory.check(to, target, size)
+        data = np.empty(size, dtype=np.uint8)
+        memory.stores[fro].read(source, data, key, posix.Direct(gds, memory, to, target))
+    elif memory.mapped(to):
         memory.fetch(fro, source, memory.view(to, target, size), key)
     else:
         memory.put(to, target, memory.get(fro, source, size, key), key)
