@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import resource
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from tests.hardware.plays import scenario, sound, unreached
 pytestmark = [pytest.mark.real, pytest.mark.hardware, pytest.mark.timeout(300)]
 
 TOKENS, BPT, SLOTS = 64, 1024, 8
+FILE_BYTES = 8 << 20
 
 
 def wanted(name: str, params: dict[str, Any], want: Asked) -> bool:
@@ -129,6 +131,56 @@ def test_a_full_destination_loses_nothing(
     assert used is not None and used.state == "ok" and used.num_tokens == tokens, used
     assert result.placement == {f"a/{cpu}": {"p": tokens}, f"b/{there}": {"p": fits}}
     assert result.metrics["bytes_checked"] == (tokens + fits) * layout.bytes_per_token
+
+
+def test_a_disk_that_is_full_halfway(transport: str, tmp_path: Path) -> None:
+    """A file may have 8 MiB, so the disk takes 7 chunks of 20: of a fill, of a copy within a process and of one
+    from another nothing stays, and what fits is still taken."""
+    need(transport, "disk")
+    if transport == "arena":
+        pytest.skip("arena: its memory is a file too, which may not be larger either")
+    layout, cpu, disk = LAYOUTS[0], KINDS["cpu"], KINDS["disk"]
+    tokens, few = 20 * layout.chunk_tokens, 3 * layout.chunk_tokens
+    assert tokens * layout.bytes_per_token > FILE_BYTES > 2 * few * layout.bytes_per_token
+    steps = f"""
+  - store: {{at: a/{disk}, prompt: r, tokens: {tokens}, as: filled}}
+  - settle
+  - store: {{at: a/{cpu}, prompt: p, tokens: {tokens}}}
+  - settle
+  - move: {{from: a/{cpu}, to: a/{disk}, prompt: p, as: within}}
+  - settle
+  - move: {{from: a/{cpu}, to: b/{disk}, prompt: p, as: across}}
+  - settle
+  - use: {{at: a/{cpu}, prompt: p, as: used}}
+"""
+    after = f"""
+  - store: {{at: a/{cpu}, prompt: q, tokens: {few}}}
+  - settle
+  - move: {{from: a/{cpu}, to: b/{disk}, prompt: q, as: small}}
+  - settle
+  - use: {{at: b/{disk}, prompt: q, as: used}}
+"""
+    places = {"a": {cpu: 2 * tokens, disk: 2 * tokens}, "b": {disk: 2 * tokens}}
+    name, env = way(transport)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    log = tmp_path / "log"
+    resource.setrlimit(resource.RLIMIT_FSIZE, (FILE_BYTES, hard))  # the nodes inherit it
+    try:
+        with closing(Pool(name, env=env)) as pool:
+            result = run(scenario(steps, places, layout), pool=pool, history=log)
+            second = run(scenario(after, places, layout), pool=pool)  # of the same processes
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    unreached(result)
+    sound(result, log)
+    states = {one.op: one.state for one in result.operations}
+    assert (states["within"], states["across"], states["used"]) == ("failed", "failed", "ok"), states
+    assert states["filled"] != "ok", result.operation("filled")
+    assert result.placement == {f"a/{cpu}": {"p": tokens}}
+    refused = [copy.why for copy in result.copies if copy.state == "failed"]
+    assert refused and all(why and len(why.splitlines()) == 1 for why in refused), refused
+    assert any("cannot be written: File too large" in why for why in refused), refused
+    assert second.clean and second.placement == {f"b/{disk}": {"q": few}}, second.placement
 
 
 def test_more_memory_than_there_is(pool_of: Callable[[str], Pool], transport: str) -> None:
