@@ -205,6 +205,8 @@ def _meaning(
         raise wrong("enable_controller", "is false, expected true: without a controller nothing moves")
     if not keys.lmcache_instance_id:
         raise wrong("lmcache_instance_id", "missing, expected the name that moves give this instance")
+    if "/" in keys.lmcache_instance_id:
+        raise wrong("lmcache_instance_id", f"found {shown(keys.lmcache_instance_id)}, expected a name without a slash")
     if not keys.controller_pull_url:
         raise wrong("controller_pull_url", "missing, expected host:port such as localhost:8300")
     if not 1 <= keys.chunk_size <= 65536:

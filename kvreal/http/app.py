@@ -69,6 +69,10 @@ def respond(reply: Reply) -> Response:
 
 async def body_of(request: Request, kind: Callable[[bytes], T], limit: int) -> T:
     """The request's JSON as a struct. Refused with 413 or 422."""
+    for name, value in request.scope["headers"]:  # before any of it is waited for
+        if name == b"content-length" and value.isdigit() and int(value) > limit:
+            text = f"the body has {value.decode()} bytes, at most {limit} are taken"
+            raise Refused(refusal("too_large", text))
     pieces: List[bytes] = []
     size = 0
     more = True
@@ -80,10 +84,6 @@ async def body_of(request: Request, kind: Callable[[bytes], T], limit: int) -> T
         pieces.append(piece)
         size += len(piece)
         more = message.get("more_body", False)
-        if more and len(pieces) == 1:  # a body that is here whole need not say how long it is
-            declared = request.headers.get("content-length", "")
-            if declared.isdigit() and int(declared) > limit:
-                raise Refused(refusal("too_large", f"the body has {declared} bytes, at most {limit} are taken"))
         if size > limit:
             raise Refused(refusal("too_large", f"the body has more than {limit} bytes"))
     try:

@@ -62,6 +62,10 @@ def _lookup(keys: Sequence[Key], lens: Sequence[int], machine: Controller) -> Se
     return machine.registry.lookup(keys, lens)
 
 
+AWAITED_HEADER: Final = "Kvmove-Awaited"
+AWAITED_FRESH_S: Final = 0.05
+
+
 class Settings(msgspec.Struct, frozen=True):
     profile: Profile = Profile()
     prefill_tokens_per_s: float = 8000.0
@@ -82,6 +86,7 @@ class Face:
         service.listeners.append(log.step)
         service.listeners.append(self._learn)
         service.onlookers.append(log.onlook)
+        self.awaited: Tuple[float, List[str]] = (0.0, [])
 
     def _learn(self, now: int, item: m.Input, effects: List[m.Effect]) -> None:
         if isinstance(item, m.Boot):
@@ -276,7 +281,17 @@ class Face:
             name: [at := max(places, key=lambda place: (places[place], place)), places[at]]
             for name, places in found.items()
         }
-        return Reply(200, b.LookupReply(fresh("lookup"), best, found))
+        awaited = self._awaited()
+        headers = {AWAITED_HEADER: ",".join(awaited)} if awaited else {}
+        return Reply(200, b.LookupReply(fresh("lookup"), best, found), headers)
+
+    def _awaited(self) -> List[str]:
+        """Instances that have not been heard since this controller's restart, as of some milliseconds ago: what they
+        hold is not in an answer, and nobody should take them for empty."""
+        now = time.monotonic()
+        if now > self.awaited[0]:
+            self.awaited = (now + AWAITED_FRESH_S, self.members.awaited())
+        return self.awaited[1]
 
     def _spaces(self) -> List[Namespace]:
         """A thousand instances mostly have one. One that has gone costs a lookup that finds nothing."""

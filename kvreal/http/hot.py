@@ -7,7 +7,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import types
-from typing import Any, Awaitable, Dict, Final, Generator, Optional, Tuple
+from typing import Any, Awaitable, Dict, Final, Generator, List, Optional, Tuple
 
 from starlette.requests import Request
 
@@ -51,7 +51,7 @@ def protocol(quick: Quick) -> Any:
 
         def _start_asgi_task(self, cycle: Any, app: Any) -> None:
             plain = app is self.app and cycle.more_body and not cycle.waiting_for_100_continue and not self.pipeline
-            found = quick.find(cycle.scope) if plain else None
+            found = quick.find(cycle.scope) if plain and _short(cycle.scope["headers"], HIGH_WATER_LIMIT) else None
             if found is None:
                 super()._start_asgi_task(cycle, app)
             else:
@@ -134,6 +134,14 @@ def _saying(reply: Optional[Reply], quick: Quick) -> Any:
             await quick.say(reply, send)
 
     return app
+
+
+def _short(headers: List[Tuple[bytes, bytes]], limit: int) -> bool:
+    """Whether the body is said to be short enough to wait for all of it."""
+    for name, value in headers:
+        if name == b"content-length":
+            return len(value) < 10 and int(value) <= limit if value.isdigit() else False
+    return True
 
 
 async def _raising(error: Exception) -> Optional[Reply]:

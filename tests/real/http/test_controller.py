@@ -492,3 +492,9 @@ def test_a_taken_port_is_one_line_and_exit_2(tmp_path: Path, which: str) -> None
     assert done.returncode == 2
     assert f"127.0.0.1:{port}" in done.stderr or f"localhost:{port}" in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_a_body_that_says_it_is_too_large_is_not_waited_for(shared: Cluster) -> None:
+    with socket.create_connection(("127.0.0.1", shared.controller.port), timeout=20) as sock:
+        sock.sendall(b"POST /move HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99999999999\r\n\r\n")
+        assert sock.recv(4096).startswith(b"HTTP/1.1 413")

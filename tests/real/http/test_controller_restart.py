@@ -67,6 +67,7 @@ def test_an_instance_not_heard_since_a_restart_is_503_then_404(two: Cluster) -> 
     controller.start("--set=dead=2 s")
     answer = controller.move("a", "b", prompt(0))
     assert (answer.status_code, answer.json()["reason"]) == (503, "not_ready")
+    assert "b" in two.controller.post("/lookup", tokens=list(prompt(0))).headers["Kvmove-Awaited"].split(",")
     assert answer.headers["retry-after"]
     eventually(lambda: controller.move("a", "b", prompt(0)).status_code == 404, 20, "it is not waited for any more")
 
