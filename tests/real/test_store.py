@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import logging
 import os
@@ -18,13 +19,15 @@ import pytest
 from kvcore.protocol.machine import StartCopy, StartFill, StartRead
 from kvreal import store as module
 from kvreal.engines.thread import EngineThread
-from kvreal.memory import Memory, SlabError
+from kvreal.memory import Memory, Slab, SlabError
 from kvreal.store import PAGE, WHOLE, Calls, DiskError, Home, Store, files_in
-from kvreal.transfer import Transfer, make
-from kvreal.transfer.job import Copy, Ended, Fate
+from kvreal.transfer import Transfer, file, make
+from kvreal.transfer import posix as module_posix
+from kvreal.transfer.flow import Flow
+from kvreal.transfer.job import Copy, Ended, Fate, Job
 from kvreal.transfer.posix import Posix, Unable, chosen
 
-CPU, DISK = "LocalCPUBackend", "LocalDiskBackend"
+CPU, DISK, GPU = "LocalCPUBackend", "LocalDiskBackend", "LocalGPUBackend"
 SLOT = 3 * PAGE + 17
 ONE, OTHER = b"\x01" * 32, b"\x02" * 32
 
@@ -471,3 +474,67 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
     done = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, timeout=110, env=env)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) < 6 * (8 << 10), "KiB"
+
+
+# ---- a GPU and a disk ------------------------------------------------------------------------------------------------
+class Gds:
+    """What NIXL's GDS backend does, with plain calls, on "GPU memory" that is the machine's own."""
+
+    def __init__(self, able: bool) -> None:
+        self.able = able
+        self.moved: list[str] = []
+
+    def move(self, what: str, fd: int, start: int, kind: str, address: int, nbytes: int, device: int = 0) -> None:
+        if not self.able:
+            raise OSError("nixl's GDS says ERR")
+        assert kind == "VRAM"
+        self.moved.append(what)
+        memory = (ctypes.c_char * nbytes).from_address(address)
+        if what == "WRITE":
+            assert os.pwrite(fd, memory, start) == nbytes
+        else:
+            assert os.preadv(fd, [memory], start) == nbytes
+
+
+@pytest.mark.parametrize("able", [True, False], ids=["by GDS", "which GDS does not reach"])
+def test_between_a_gpu_and_a_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, able: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    torch = pytest.importorskip("torch")
+
+    def on_gpu(slab: Slab) -> None:
+        slab.tensor = torch.zeros(slab.nbytes, dtype=torch.uint8)
+        slab.address, slab.bytes = int(slab.tensor.data_ptr()), np.empty(0, dtype=np.uint8)
+
+    gds = Gds(able)
+    monkeypatch.setattr(Slab, "_on_gpu", on_gpu)
+    monkeypatch.setattr(Slab, "pin", lambda slab: None)
+    monkeypatch.setattr(module_posix, "gds", lambda: gds)
+    memory = Memory()
+    memory.disk_path = str(tmp_path)
+    memory.lay_out([(GPU, 4), (DISK, 4)], SLOT)
+
+    def copy(to: str, fro: str, keys: Any) -> None:
+        slots = (1, 2)
+        effect = StartCopy((1, 1), True, "a", 1, fro, slots, to, slots, (SLOT, 100), keys=keys)
+        job = Job(Copy(effect, "", 1, 1, 1 << 60))
+        flow = Flow()
+        flow.enter(job)
+        file.carry(job, memory, flow, to, fro)
+
+    for slot in (1, 2):
+        memory.put(GPU, slot, noise(slot))
+    copy(DISK, GPU, (ONE, OTHER))
+    assert (memory.get(DISK, 1, SLOT, ONE) == noise(1)).all()
+    for slot in (1, 2):
+        memory.put(GPU, slot, np.zeros(SLOT, dtype=np.uint8))
+    copy(GPU, DISK, (ONE, OTHER))
+    assert (memory.get(GPU, 1, SLOT) == noise(1)).all() and (memory.get(GPU, 2, 100) == noise(2)[:100]).all()
+    assert sorted(gds.moved) == (["READ", "READ", "WRITE", "WRITE"] if able else [])
+    assert ("go by way of memory" in caplog.text) != able
+    with pytest.raises(DiskError, match="holds chunk"):
+        copy(GPU, DISK, (OTHER, ONE))
+    spoil(memory.stores[DISK], 1, PAGE + 5)
+    with pytest.raises(DiskError, match="checksum"):
+        copy(GPU, DISK, (ONE, OTHER))
+    memory.close()
