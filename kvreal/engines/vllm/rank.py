@@ -20,7 +20,9 @@ from typing import Any, Final, List, Optional, Sequence, Set
 
 import msgspec
 
+from kvcore.protocol import machine as m
 from kvcore.protocol.messages import Namespace
+from kvcore.protocol.worker import REGISTER
 from kvreal.engines.vllm.desk import Desk, Elsewhere
 from kvreal.engines.vllm.link import (
     Drop,
@@ -49,6 +51,8 @@ log = logging.getLogger("kvmove.engine")
 GOOD: Final = 0
 """Its engine has gone: whoever is left of it need not start another."""
 FAILED: Final = 1
+AGAIN_S: Final = 5.0
+"""How long after a refusal the controller is asked again: whoever has this rank's name may have gone by then."""
 
 
 class Client(asyncio.Protocol):
@@ -90,6 +94,7 @@ class Rank:
         self.address: str = address
         self.rank: int = rank
         self.worker: socket.socket = worker
+        self.asking: bool = False
         self.local: Local = Local(file, rank, sink, self._said, keys_of(file), Elsewhere, shared=True)
         self.desk: Desk = Desk(self.local)
         self.over: asyncio.Future[str] = asyncio.get_running_loop().create_future()
@@ -98,8 +103,23 @@ class Rank:
     def _said(self, registration: Registration) -> None:
         if registration.state == "registered":
             log.info("rank %d of %s is registered", self.rank, self.file.instance)
+        elif registration.state == "refused":
+            log.error("rank %d: %s. The engine serves on, and what it stores cannot be moved. Asked again every %.0f s",
+                      self.rank, registration.text, AGAIN_S)  # fmt: skip
+            if not self.asking:
+                self.asking = True
+                asyncio.get_running_loop().call_later(AGAIN_S, self._ask_again)
         elif registration.text:
             log.error("rank %d: %s", self.rank, registration.text)
+
+    def _ask_again(self) -> None:
+        """The protocol stops asking when it is refused: others would end then, an engine goes on."""
+        self.asking = not self.over.done() and self.local.registration.state == "refused"
+        if self.asking:
+            service = self.local.service
+            service.machine.timers.set(REGISTER, service.node.now())
+            service.give(m.TimerFired(REGISTER))
+            asyncio.get_running_loop().call_later(AGAIN_S, self._ask_again)
 
     def _ended(self, why: str) -> None:
         if not self.over.done():
