@@ -42,6 +42,8 @@ def dry_run(
     chunks = _held(registry, src, keys, lens)
     there = registry.places[dst]
     absent = [tokens for key, tokens in chunks if not _has(registry, there, key)]
+    block = sources[0].register.namespace.block_tokens
+    crossing = sum(-(-tokens // block) * block for tokens in absent)
     views = [rank.views[dst[1]] for rank in destinations]
     slots = [loc.slots for rank in destinations for loc in rank.register.locations if loc.name == dst[1]]
     free = min(n - len(view.entries) for n, view in zip(slots, views))
@@ -49,13 +51,13 @@ def dry_run(
     held = sum(tokens for _, tokens in chunks)
     fits = len(absent) <= (free if if_room else min(slots))
     cost = profile.cost(AUTO, kind_of(src[1]), kind_of(dst[1]), src[0] == dst[0])
-    move_s = _seconds(profile, cost, len(absent), [sum(absent) * size for size in sizes])
+    move_s = _seconds(profile, cost, len(absent), [crossing * size for size in sizes])
     recompute_s = held / prefill_tokens_per_s
     reply = DryRunReply(
         num_tokens=held if fits or not if_room else 0,
         held_tokens=held,
         present_tokens=held - sum(absent),
-        bytes=sum(absent) * sum(sizes),
+        bytes=crossing * sum(sizes),
         evicted_chunks=0 if if_room else max(0, min(len(absent), min(slots)) - max(0, free)),
         fits=fits,
         move_s=move_s,

@@ -94,15 +94,16 @@ def _fields(namespace: Namespace) -> Dict[str, Any]:
 
 
 def _rank_view(rank: Rank, now: int) -> b.RankView:
-    size = rank.register.namespace.bytes_per_token
-    chunk = rank.register.namespace.chunk_tokens
+    space = rank.register.namespace
+    size, chunk, block = space.bytes_per_token, space.chunk_tokens, space.block_tokens
     places = []
     for location in rank.register.locations:
         entries = rank.views[location.name].entries
         tokens = sum(entry.num_tokens for entry in entries.values())
+        whole = sum(-(-entry.num_tokens // block) * block for entry in entries.values()) if block > 1 else tokens
         places.append(
             b.LocationView(
-                name=location.name, slots=location.slots, chunks=len(entries), tokens=tokens, bytes=tokens * size,
+                name=location.name, slots=location.slots, chunks=len(entries), tokens=tokens, bytes=whole * size,
                 capacity_bytes=location.slots * chunk * size,
             )
         )  # fmt: skip

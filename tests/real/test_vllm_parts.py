@@ -237,7 +237,15 @@ def test_the_tail_of_a_prompt_moves_as_whole_blocks(harness: Callable[..., Harne
         tokens = list(range(19))
         one.serve(tokens, [1, 2, 3, 4, 5])
         stage.stored("one", tokens)
+        body = {"old_position": ["one", "LocalCPUBackend"], "new_position": ["two", "LocalCPUBackend"]}
+        dry = stage.api.post("/move", json={**body, "tokens": tokens, "dry_run": True}).json()
         moved = stage.move("one", "two", tokens)
+        # 19 tokens lie in 5 blocks, of each rank: that is what crosses, and what is said
+        assert [rank["bytes"] for rank in moved["end"]["ranks"]] == [5 * BLOCK_BYTES] * 2
+        assert (dry["num_tokens"], dry["bytes"]) == (19, 2 * 5 * BLOCK_BYTES)
+        places = stage.api.get("/instances").json()["instances"]
+        (there,) = [one for one in places if one["instance_id"] == "two"]
+        assert [rank["locations"][0]["bytes"] for rank in there["ranks"]] == [5 * BLOCK_BYTES] * 2
         assert (moved["num_tokens"], moved["end"]["state"]) == (19, "done")
         assert two.serve(tokens, [11, 12, 13, 14, 15]) == 18
         for rank in (0, 1):
@@ -245,6 +253,37 @@ def test_the_tail_of_a_prompt_moves_as_whole_blocks(harness: Callable[..., Harne
         counts = two.workers[0].take_counts()
         assert counts["loaded_tokens|moved|LocalCPUBackend"] == 18
         assert one.matched(one.request(tokens)) == 0  # it has left
+
+
+def test_the_second_with_an_id_is_told_and_registered_once_the_first_has_gone(
+    harness: Callable[..., Harness], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from examples.vllm.stage import Stage
+
+    said = ""
+
+    def says(what: str) -> bool:
+        nonlocal said
+        said += capfd.readouterr().err
+        return what in said
+
+    with Stage(tmp_path / "stage", tmp_path) as stage:
+        stage.controller()
+        first = harness(pull=stage.pull)
+        stage.registered("one")
+        first.serve(list(range(16)), [1, 2, 3, 4])
+        stage.stored("one", list(range(16)))
+        second = harness(pull=stage.pull)
+        until(lambda: says("the instance one is there already"))
+        assert "The engine serves on" in said
+        other = list(range(50, 66))
+        second.serve(other, [1, 2, 3, 4])
+        assert second.serve(other, [5, 6, 7, 8]) == 15  # for itself
+        assert stage.held(other) == {}
+        assert stage.held(list(range(16))) == {"one": 16}  # the first one's place is its own
+        first.close()
+        until(lambda: stage.held(other) == {"one": 16}, 30.0)
+        assert stage.held(list(range(16))) == {}
 
 
 def test_a_longer_prompt_finds_the_tail_of_a_shorter_one(harness: Callable[..., Harness]) -> None:
