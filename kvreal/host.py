@@ -37,7 +37,7 @@ from kvreal.keys import shared
 from kvreal.memory import Memory, SlabError
 from kvreal.network import Network
 from kvreal.node import Node, Parts
-from kvreal.transfer import Transfer, make, proof
+from kvreal.transfer import Transfer, TransferError, make, proof
 
 PR_SET_PDEATHSIG = 1
 CARRIED_TIMEOUT_S = 0.25
@@ -278,7 +278,8 @@ def main(argv: List[str]) -> int:
     try:
         host = Host(args.transport, pipe, sink, args.bind, secret)
     except Exception as error:
-        pipe.say(c.Failed("transport", f"{type(error).__name__}: {error}"))
+        what = "" if isinstance(error, TransferError) else f"{type(error).__name__}: "  # that one is a line for people
+        pipe.say(c.Failed("transport", f"{what}{error}"))
         return 1
     try:
         host.run()

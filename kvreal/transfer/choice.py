@@ -43,7 +43,7 @@ def profile_from(path: str = "") -> Optional[Profile]:
     try:
         profile = load_profile(Path(path))
     except (ProfileError, ScenarioError, OSError) as error:
-        raise TransferError(f"profile {path}: {' '.join(str(error).split())}") from error
+        raise TransferError(f"profile {' '.join(str(error).split())}") from error
     elsewhere = profile.made.elsewhere(cpu_model(), cores(), host_id()) if profile.made is not None else ""
     if elsewhere:
         log.warning("profile %s is not used: it is of %s", path, elsewhere)

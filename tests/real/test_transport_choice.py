@@ -12,6 +12,7 @@ from kvcore.protocol.machine import StartCopy
 from kvcore.scenario.profile import CopyCost, Made, Profile
 from kvreal.facts import cores, cpu_model, host_id
 from kvreal.memory import Memory
+from kvreal.pool import Pool
 from kvreal.transfer import TransferError, make
 from kvreal.transfer.carrier import Carrier
 from kvreal.transfer.choice import VARIABLE, choose, profile_from
@@ -161,3 +162,13 @@ def test_why_is_logged_once_for_each_peer_and_kept_with_each_copy(caplog: pytest
     assert lines == [f"copies between {CPU} and {CPU} of b/0: {ended[0].chosen}"]
     for side in sides:
         side.stop()
+
+
+def test_a_profile_that_is_not_there_is_one_line_to_who_runs_a_scenario(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    path = tmp_path / "nope.yaml"
+    monkeypatch.setenv("KVMOVE_PROFILE", str(path))
+    with Pool("auto") as pool, pytest.raises(TransferError) as refused:
+        pool.take(1)
+    assert str(refused.value) == f"profile {path}: cannot be read: No such file or directory"
