@@ -6,6 +6,7 @@ import ctypes
 import errno
 import logging
 import os
+import queue
 import signal
 import subprocess
 import sys
@@ -26,6 +27,7 @@ from kvreal.transfer import posix as module_posix
 from kvreal.transfer.flow import Flow
 from kvreal.transfer.job import Copy, Ended, Fate, Job
 from kvreal.transfer.posix import Posix, Unable, chosen
+from kvreal.transfer.sockets import batches
 
 CPU, DISK, GPU = "LocalCPUBackend", "LocalDiskBackend", "LocalGPUBackend"
 SLOT = 3 * PAGE + 17
@@ -538,3 +540,60 @@ def test_between_a_gpu_and_a_disk(
     with pytest.raises(DiskError, match="checksum"):
         copy(GPU, DISK, (ONE, OTHER))
     memory.close()
+
+
+# ---- staged for another process --------------------------------------------------------------------------------------
+class Gate:
+    """In place of one of a memory's methods: it begins when called and ends when let."""
+
+    def __init__(self, memory: Memory, monkeypatch: pytest.MonkeyPatch, method: str) -> None:
+        self.real: Any = getattr(memory, method)
+        self.begun: queue.SimpleQueue[int] = queue.SimpleQueue()
+        self.ended: list[int] = []
+        self.let = [threading.Event() for _ in range(4)]
+        monkeypatch.setattr(memory, method, self)
+
+    def __call__(self, location: str, slot: int, data: Any, key: bytes = b"") -> None:
+        self.begun.put(slot)
+        assert self.let[slot].wait(30)
+        self.real(location, slot, data, key)
+        self.ended.append(slot)
+
+
+SPANS = [(slot, 4096) for slot in range(4)]
+
+
+def test_the_next_chunk_is_read_while_one_is_sent(
+    nodes: tuple[Node, Node], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a, _ = nodes
+    assert a.copy(a, True, DISK, CPU, KEYS, range(6)).state == "done"
+    gate = Gate(a.memory, monkeypatch, "fetch")
+    gate.let[0].set()
+    found = batches(a.memory, DISK, SPANS, 1 << 20, fill=True, keys=KEYS)
+    first = next(found)
+    assert {gate.begun.get(timeout=30), gate.begun.get(timeout=30)} == {0, 1} and gate.ended == [0]
+    assert (first.views[0] == noise(0, 4096)).all()
+    for let in gate.let:
+        let.set()
+    found.close()
+    assert gate.ended == [0, 1], "what has begun has ended, and nothing more begins"
+
+
+def test_a_chunk_is_written_while_the_next_is_received_and_all_are_at_the_end(
+    nodes: tuple[Node, Node], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a, _ = nodes
+    gate = Gate(a.memory, monkeypatch, "put")
+    found = batches(a.memory, DISK, SPANS[:2], 1 << 20, fill=False, keys=KEYS)
+    for slot in (0, 1):  # the second is received although the first is not written
+        batch = next(found)
+        batch.views[0][:] = noise(slot, 4096)
+        batch.store()
+    assert gate.begun.get(timeout=30) in (0, 1) and gate.ended == []
+    for let in gate.let:
+        let.set()
+    assert next(found, None) is None and sorted(gate.ended) == [0, 1]
+    monkeypatch.undo()
+    for slot in (0, 1):
+        assert (a.memory.get(DISK, slot, 4096, KEYS[slot]) == noise(slot, 4096)).all()
