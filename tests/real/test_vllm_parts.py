@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import subprocess
@@ -30,6 +31,8 @@ from kvreal.engines.vllm.blocks import (  # noqa: E402
     LayoutError,
     Paged,
     Rows,
+    Slots,
+    lock_pages,
 )
 from kvreal.engines.vllm.worker import Child, StartError, Worker  # noqa: E402
 
@@ -184,6 +187,35 @@ def test_blocks_go_out_and_come_back(kind: Any, shape: tuple[int, ...], turn: Ca
         for source, target in zip((5, 1, 6), (0, 7, 2)):
             assert (cache.select(axis, target) == before[name].select(axis, source)).all()
         assert not cache.select(axis, 3).any()
+
+
+def test_cuda_is_told_of_pages_before_they_are_unmapped() -> None:
+    """With a stand-in for CUDA: what it is told, and that the pages can still be read then."""
+    told: list[tuple[str, int]] = []
+
+    class Runtime:
+        def cudaHostRegister(self, base: int, size: int, flags: int) -> int:
+            told.append(("lock", size))
+            return 1 if size == 8192 else 0
+
+        def cudaHostUnregister(self, base: int) -> int:
+            told.append(("forget", ctypes.string_at(base, 1)[0]))
+            return 0
+
+    fds = []
+    for size, byte in ((4096, 7), (8192, 8)):
+        fds.append(os.memfd_create("slab"))
+        os.write(fds[-1], bytes([byte]) * size)
+    slots = Slots((), fds)
+    lock_pages(Runtime(), slots)
+    assert told == [("lock", 4096), ("lock", 8192)]
+    rows = Rows(slots, 1, 1)  # a copy that is under way
+    del slots
+    assert len(told) == 2
+    del rows
+    assert told[2:] == [("forget", 7)]  # the other was not locked
+    for fd in fds:
+        os.close(fd)
 
 
 def test_tensors_that_are_not_made_of_blocks() -> None:

@@ -9,12 +9,16 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import logging
 import mmap
+import weakref
 from typing import Any, Dict, Final, List, Sequence, Tuple
 
 import numpy as np
 
 from kvreal.engines.vllm.link import Shared
+
+log = logging.getLogger("kvmove.engine")
 
 SMALLEST_BATCH: Final = 64
 """Blocks that a device copies at a time, at least."""
@@ -178,8 +182,8 @@ class DeviceCopier:
         self.device: Any = paged.tensors[0][0].device
         self.stream: Any = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         if self.stream is not None:
-            for base, one in zip(slots.bases, slots.maps):
-                torch.cuda.cudart().cudaHostRegister(base, len(one), 0)
+            with torch.cuda.device(self.device):  # a rank that is started again comes by another thread
+                lock_pages(torch.cuda.cudart(), slots)
 
     def _host(self, address: int, nbytes: int) -> Any:
         return self.torch.from_numpy(np.ctypeslib.as_array((ctypes.c_uint8 * nbytes).from_address(address)))
@@ -242,6 +246,17 @@ class DeviceCopier:
     def _wait(self) -> None:
         if self.stream is not None:
             self.stream.synchronize()
+
+
+def lock_pages(runtime: Any, slots: Slots) -> None:
+    """For as long as ``slots`` is there. ``runtime``: CUDA's. It must be told before pages are unmapped: else it takes
+    what is mapped there next, a new rank's slab, for the old one's."""
+    for base, one in zip(slots.bases, slots.maps):
+        code = int(runtime.cudaHostRegister(base, len(one), 0))
+        if code:
+            log.warning("CUDA does not lock %d bytes of KV memory (error %d): copies will be slower", len(one), code)
+        else:
+            weakref.finalize(slots, runtime.cudaHostUnregister, base).atexit = False
 
 
 def copier(paged: Paged, slots: Slots) -> Any:
