@@ -410,6 +410,30 @@ def test_a_stopped_rank_keeps_nobody_waiting(harness: Callable[..., Harness]) ->
     until(lambda: one.matched(one.request(tokens)) == 15)
 
 
+def test_what_is_read_from_blocks_that_changed_hands_is_not_stored(
+    harness: Callable[..., Harness], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = harness()
+    worker = one.workers[0]
+    request = one.request(list(range(16)))
+    save = SimpleNamespace(request="x", name="x!1", prompt=prompt_of(request), blocks=(1, 2, 3, 4))
+    pid = worker.child.process.pid
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        worker.start_saves(SimpleNamespace(saves=(save,)))  # type: ignore[arg-type]
+        monkeypatch.setattr("kvreal.engines.vllm.worker.HANDS_S", 0.05)
+        worker.preempted(SimpleNamespace(preempted=True))  # type: ignore[arg-type]
+        for cache in one.caches[0].values():
+            cache.zero_()  # another request's by now
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    until(lambda: not worker.saving["x"])
+    assert worker.take_counts() == {"store_short|preempted": 1}
+    assert one.matched(one.request(list(range(16)))) == 0
+    assert one.serve(list(range(16)), [1, 2, 3, 4]) == 0
+    assert one.serve(list(range(16)), [5, 6, 7, 8]) == 15
+
+
 def test_a_killed_rank_is_a_miss_until_it_is_there_again(harness: Callable[..., Harness]) -> None:
     two = harness(ranks=2)
     tokens = list(range(16))
