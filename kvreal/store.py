@@ -40,6 +40,8 @@ PAGE: Final = 4096
 MAGIC: Final = b"kvmove\x00\x01"
 """The last byte is the version of all that follows."""
 KEY_BYTES: Final = 64
+WRITE_BYTES: Final = 1 << 20
+"""One call's. Where memory is short the kernel takes a third of the time for 1 MiB after 1 MiB that it takes for 8."""
 _HEAD: Final = struct.Struct(f"<8sQQH{KEY_BYTES}s")
 _SUM: Final = struct.Struct("<Q")
 LOCK: Final = "in-use"
@@ -257,7 +259,7 @@ def _sum(data: Bytes, key: bytes) -> int:
 def _write(fd: int, data: Any, start: int) -> None:
     left: memoryview = memoryview(data)
     while left:
-        done = os.pwrite(fd, left, start)
+        done = os.pwrite(fd, left[:WRITE_BYTES], start)
         left, start = left[done:], start + done
 
 
