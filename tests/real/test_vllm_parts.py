@@ -20,7 +20,7 @@ from kvcore.protocol.messages import Namespace
 from kvreal.engines.vllm import api
 from kvreal.engines.vllm.link import Look, Prompt
 from kvreal.engines.vllm.scheduler import Scheduler, prompt_of
-from kvreal.engines.vllm.space import digest_of_folder
+from kvreal.engines.vllm.space import digest_of_folder, space_of
 
 pytestmark = pytest.mark.real
 torch = pytest.importorskip("torch", reason="torch is not installed: pip install 'kvmove[real]'")
@@ -510,6 +510,38 @@ def test_weights_are_told_apart_by_what_is_in_them(tmp_path: Path) -> None:
     a, b, c = (digest_of_folder(str(tmp_path / name)) for name in "abc")
     assert a == c != b
     assert digest_of_folder(str(tmp_path)) == ""
+
+
+def test_what_tells_the_kv_of_two_engines_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def engine(
+        where: str = "a", seed: int = 1, kv: str = "auto", shape: tuple[int, ...] = (BLOCKS, 2, 4, 16),
+        item: Any = torch.float32, block: int = 4, ranks: int = 1, version: str = "0.32.0", **more: Any,
+    ) -> Any:  # fmt: skip
+        monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(__version__=version))
+        folder = tmp_path / where
+        folder.mkdir(exist_ok=True)
+        (folder / "model.safetensors").write_bytes(bytes([seed]) * 5000)
+        values = {"architectures": ["Llama"], "_name_or_path": where, "rope_theta": 1e4, **more.pop("values", {})}
+        hf = SimpleNamespace(architectures=["Llama"], to_dict=lambda: values)
+        model = {"hf_config": hf, "dtype": "torch.bfloat16", "quantization": None, "model": str(folder), **more}
+        config = SimpleNamespace(
+            model_config=SimpleNamespace(**model), cache_config=SimpleNamespace(cache_dtype=kv),
+            parallel_config=SimpleNamespace(tensor_parallel_size=ranks),
+            compilation_config=SimpleNamespace(static_forward_context={}),
+        )  # fmt: skip
+        group = SimpleNamespace(kv_cache_spec=SimpleNamespace(block_size=block))
+        paged = Paged({"one": torch.zeros(shape, dtype=item)}, BLOCKS)
+        return space_of(config, SimpleNamespace(kv_cache_groups=[group]), paged)
+
+    bytes_ = {"item": torch.uint8, "shape": (BLOCKS, 2, 4, 16)}
+    assert engine() == engine(where="b") == engine(kv="bfloat16", version="0.32.1+cpu")  # path and name are nothing
+    others = [
+        engine(where="c", seed=2), engine(values={"rope_theta": 2e4}), engine(dtype="torch.float16"),
+        engine(quantization="awq"), engine(shape=(BLOCKS, 4, 4, 8)), engine(block=2), engine(ranks=2),
+        engine(version="0.33.0"), engine(item=torch.float16), engine(kv="fp8_e4m3", **bytes_),
+        engine(kv="fp8_e5m2", **bytes_),
+    ]  # fmt: skip
+    assert len({engine(), *others}) == 1 + len(others)
 
 
 def test_an_unknown_connector_api_is_refused_by_name() -> None:

@@ -57,12 +57,17 @@ def space_of(config: Any, kv_cache_config: Any, paged: Paged) -> Namespace:
     return Namespace(
         model=str(architectures[0]),
         weights=f"{config_digest(model)}-{weights}" if weights else "",
-        dtype=f"{paged.dtype}/{str(model.dtype).removeprefix('torch.')}/{model.quantization or 'plain'}",
+        dtype=f"{kv_dtype(config, paged)}/{str(model.dtype).removeprefix('torch.')}/{model.quantization or 'plain'}",
         kv_layout=layout(config, paged, block),
         ranks=config.parallel_config.tensor_parallel_size,
         bytes_per_token=paged.block_bytes // block,
         block_tokens=block,
     )
+
+
+def kv_dtype(config: Any, paged: Paged) -> str:
+    """Small floats of several kinds lie in tensors of bytes: those have the name that vLLM's configuration gives."""
+    return paged.dtype if "float" in paged.dtype else f"{paged.dtype}:{config.cache_config.cache_dtype}"
 
 
 def layout(config: Any, paged: Paged, block: int) -> str:
