@@ -126,6 +126,22 @@ def test_a_failed_store_is_a_miss_later(stage: Stage, two: list[Engine], faults:
     stage.stored("one", prompt)
 
 
+def test_a_client_that_hangs_up_while_its_prompt_is_loaded(stage: Stage, two: list[Engine], faults: Faults) -> None:
+    one = two[0]
+    prompt, right = prepared(stage, one, 45)
+    faults(slow=1.0)
+    body = {"model": "m", "prompt": prompt, "max_tokens": TOKENS, "temperature": 0}
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(f"{one.url}/v1/completions", json=body, timeout=httpx.Timeout(10.0, read=0.4))
+    faults()
+    other = letters(46, 400)
+    assert one.complete(other, TOKENS).tokens == one.complete(other, TOKENS, salt="cold 46").tokens
+    stage.until(lambda: one.metrics()["vllm:kv_cache_usage_perc"] == 0, "no block is kept for ever")
+    one.forget()
+    again = one.complete(prompt, TOKENS)
+    assert (again.tokens, again.cached) == (right, 699)
+
+
 def test_no_exception_reaches_vllm(stage: Stage, two: list[Engine], faults: Faults) -> None:
     for number, name in enumerate(GUARDED):
         one = two[0]
