@@ -20,7 +20,7 @@ from kvcore.protocol.messages import Namespace
 from kvreal.engines.vllm import api
 from kvreal.engines.vllm.link import Look, Prompt
 from kvreal.engines.vllm.scheduler import Scheduler, prompt_of
-from kvreal.engines.vllm.space import digest_of_folder, space_of
+from kvreal.engines.vllm.space import SpaceError, check, digest_of_folder, space_of
 
 pytestmark = pytest.mark.real
 torch = pytest.importorskip("torch", reason="torch is not installed: pip install 'kvmove[real]'")
@@ -542,6 +542,47 @@ def test_what_tells_the_kv_of_two_engines_apart(tmp_path: Path, monkeypatch: pyt
         engine(kv="fp8_e5m2", **bytes_),
     ]  # fmt: skip
     assert len({engine(), *others}) == 1 + len(others)
+
+
+class FullAttentionSpec:
+    """By its name, as vLLM's; so are these."""
+
+
+class MLAAttentionSpec(FullAttentionSpec):
+    pass
+
+
+class SlidingWindowSpec:
+    pass
+
+
+class UniformTypeKVCacheSpecs:
+    def __init__(self, *specs: Any) -> None:
+        self.kv_cache_specs = dict(enumerate(specs))
+
+
+def test_engines_whose_kv_cannot_be_exchanged_are_refused_by_name() -> None:
+    def said(*specs: Any, dtype: str = "auto", scales: bool = False, **parallel: int) -> str:
+        config = SimpleNamespace(
+            parallel_config=SimpleNamespace(**{"pipeline_parallel_size": 1, "data_parallel_size": 1, **parallel}),
+            cache_config=SimpleNamespace(cache_dtype=dtype, calculate_kv_scales=scales),
+        )
+        groups = [SimpleNamespace(kv_cache_spec=spec) for spec in specs or (FullAttentionSpec(),)]
+        try:
+            check(config, SimpleNamespace(kv_cache_groups=groups))
+        except SpaceError as error:
+            return str(error)
+        return ""
+
+    full, sliding = FullAttentionSpec(), SlidingWindowSpec()
+    assert said() == said(MLAAttentionSpec()) == said(UniformTypeKVCacheSpecs(full, full)) == said(dtype="fp8") == ""
+    assert "SlidingWindowSpec, expected that of full attention" in said(sliding)
+    assert "SlidingWindowSpec" in said(UniformTypeKVCacheSpecs(sliding))
+    assert "2 groups of KV (FullAttentionSpec, SlidingWindowSpec), expected one" in said(full, sliding)
+    assert "pipeline parallel size 2, expected 1" in said(pipeline_parallel_size=2)
+    assert "data parallel size 2, expected 1" in said(data_parallel_size=2)
+    assert "decode_context_parallel_size is 2" in said(decode_context_parallel_size=2)
+    assert "KV scales" in said(dtype="fp8", scales=True)
 
 
 def test_an_unknown_connector_api_is_refused_by_name() -> None:

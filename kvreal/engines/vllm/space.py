@@ -39,6 +39,13 @@ def check(config: Any, kv_cache_config: Any) -> None:
     if len(groups) != 1:
         kinds = ", ".join(type(group.kv_cache_spec).__name__ for group in groups)
         raise SpaceError(f"the model has {len(groups)} groups of KV ({kinds}), expected one")
+    spec = groups[0].kv_cache_spec
+    for one in getattr(spec, "kv_cache_specs", {"": spec}).values():
+        if "FullAttentionSpec" not in [kind.__name__ for kind in type(one).__mro__]:
+            raise SpaceError(
+                f"the model's KV is a {type(one).__name__}, expected that of full attention: vLLM lets go of "
+                "a prompt's first blocks before its end is computed"
+            )
     if config.cache_config.cache_dtype not in ("auto", "bfloat16", "float16", "float32") and getattr(
         config.cache_config, "calculate_kv_scales", False
     ):
