@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -285,6 +286,37 @@ def test_the_tail_of_a_prompt_moves_as_whole_blocks(harness: Callable[..., Harne
         counts = two.workers[0].take_counts()
         assert counts["loaded_tokens|moved|LocalCPUBackend"] == 18
         assert one.matched(one.request(tokens)) == 0  # it has left
+
+
+def test_a_rank_that_is_moved_to_dies_and_the_source_keeps_all(harness: Callable[..., Harness], tmp_path: Path) -> None:
+    from examples.vllm.stage import Stage
+
+    def ended() -> bool:
+        return all(event["state"] in ("done", "failed") for event in stage.api.get("/events").json()["events"])
+
+    with Stage(tmp_path / "stage", tmp_path) as stage:
+        stage.controller()
+        one, two = (harness(name=name, pull=stage.pull) for name in ("one", "two"))
+        for name in ("one", "two"):
+            stage.registered(name)
+        tokens = list(range(19))
+        one.serve(tokens, [1, 2, 3, 4, 5])
+        stage.stored("one", tokens)
+        child = two.workers[0].child.process
+        child.send_signal(signal.SIGSTOP)  # it answers nothing: the move waits for its room
+        body = {"old_position": ["one", "LocalCPUBackend"], "new_position": ["two", "LocalCPUBackend"]}
+        with ThreadPoolExecutor(1) as pool:
+            moving = pool.submit(stage.api.post, "/move", json={**body, "tokens": tokens})
+            until(lambda: not ended())
+            child.kill()
+            answer = moving.result()
+        until(ended, 60.0)
+        event = answer.json().get("event_id")
+        if event is not None:
+            assert stage.api.get(f"/events/{event}").json()["state"] == "failed"
+        assert stage.held(tokens) == {"one": 19}
+        assert one.serve(tokens, [11, 12, 13, 14, 15]) == 18
+        assert all(same(one.block(0, 11 + i), one.block(0, 1 + i)) for i in range(5))
 
 
 def test_the_second_with_an_id_is_told_and_registered_once_the_first_has_gone(
