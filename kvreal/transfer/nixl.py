@@ -244,7 +244,11 @@ class NixlCarrier(Carrier):
             theirs = np.array(at, dtype=np.uint64)
         else:
             theirs = there.address + spans[:, 1] * np.uint64(there.slot_bytes)
-        rows = _runs(mine, theirs, spans[:, 2], self.flow.batch(job))
+        sizes = spans[:, 2]
+        if (mine[1:] < mine[:-1]).any():  # slots that were freed from the tail are taken in that order
+            order = np.argsort(mine)
+            mine, theirs, sizes = mine[order], theirs[order], sizes[order]
+        rows = _runs(mine, theirs, sizes, self.flow.batch(job))
         return _descriptors(rows[0], rows[2], here.device), _descriptors(rows[1], rows[2], there.device)
 
     def _move(self, job: Job, peer: Peer, sock: socket.socket, mine: Descriptors, theirs: Descriptors) -> None:
