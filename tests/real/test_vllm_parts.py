@@ -378,6 +378,33 @@ def test_all_ranks_or_none(harness: Callable[..., Harness]) -> None:
     assert two.matched(two.request([*range(50, 66)])) == 0
 
 
+@pytest.mark.parametrize("ranks, overlapping", [(1, False), (2, False), (1, True)])
+def test_what_a_step_computes_is_stored_once_its_loads_are_known_to_be_good(
+    harness: Callable[..., Harness], ranks: int, overlapping: bool
+) -> None:
+    """Of two ranks, one cannot know that the other's load failed, and that what it computed from there on is wrong;
+    where steps overlap nobody knows before the step after the next."""
+    one = harness(ranks=ranks)
+    one.scheduler.overlapping = overlapping
+    one.serve(list(range(16)), [1, 2, 3, 4])
+    request = one.request(list(range(24)))
+    assert one.matched(request) == 16
+    blocks = [11, 12, 13, 14, 15, 16]
+    one.scheduler.admitted(request, blocks, 16)
+
+    def planned(computed: int, count: int) -> int:
+        return len(one.scheduler.plan(SimpleNamespace(
+            scheduled_new_reqs=[SimpleNamespace(req_id=request.request_id, num_computed_tokens=computed)],
+            scheduled_cached_reqs=SimpleNamespace(req_ids=[], num_computed_tokens=[]),
+            num_scheduled_tokens={request.request_id: count},
+            kv_connector_block_state=SimpleNamespace(get_block_ids=lambda _: (blocks,)),
+            preempted_req_ids=set(),
+        )).saves)  # fmt: skip
+
+    expected = [0, 0, 1, 0] if overlapping else [1, 0, 0, 0] if ranks == 1 else [0, 1, 0, 0]
+    assert [planned(16, 8), planned(24, 1), planned(25, 1), planned(26, 1)] == expected
+
+
 def test_what_was_looked_up_is_not_evicted(harness: Callable[..., Harness]) -> None:
     one = harness(chunks=2)
     tokens = list(range(16))

@@ -89,7 +89,8 @@ class KVMoveConnector(KVConnectorBase_V1):  # type: ignore[misc]
             mode = str(extra("load", "auto"))
             if mode not in ("sync", "async", "auto"):
                 raise ValueError(f"kv_connector_extra_config.load: found {mode!r}, expected sync, async or auto")
-            self.scheduler = Scheduler(block, mode, float(extra("lease_s", LEASE_S)))
+            overlapping = bool(getattr(vllm_config.scheduler_config, "async_scheduling", False))
+            self.scheduler = Scheduler(block, mode, float(extra("lease_s", LEASE_S)), overlapping)
             _end_with_the_server()
         else:
             _prepare_amx()

@@ -53,8 +53,11 @@ class Asked:
 
 
 class Scheduler:
-    def __init__(self, block_tokens: int, mode: str, lease_s: float = LEASE_S) -> None:
-        """``mode``: sync, async, or auto (by the size of a load)."""
+    def __init__(self, block_tokens: int, mode: str, lease_s: float = LEASE_S, overlapping: bool = False) -> None:
+        """``mode``: sync, async, or auto (by the size of a load). ``overlapping``: vLLM schedules asynchronously."""
+        self.overlapping: bool = overlapping
+        self.loaded_before: Set[int] = set()
+        """Blocks that the step before loaded, where its end is not known yet."""
         self.block: int = block_tokens
         self.mode: str = mode
         self.lease_s: float = lease_s
@@ -267,6 +270,13 @@ class Scheduler:
         computed = {new.req_id: new.num_computed_tokens for new in output.scheduled_new_reqs}
         cached = output.scheduled_cached_reqs
         computed.update(zip(cached.req_ids, cached.num_computed_tokens))
+        # A load that fails at one rank spoils what all ranks compute in its step, and only that rank knows: with more
+        # than one, what such a step computes is saved with the next, unless it is computed anew.
+        # Where vLLM plans a step before it knows how the last one ended, that one's loads are in doubt as well.
+        unsure = self.overlapping or len(self.addresses) > 1
+        loading = {block for load in self.loads if load.sync and unsure for block in load.blocks}
+        doubtful = loading | self.loaded_before
+        self.loaded_before = loading if self.overlapping else set()
         for request_id, scheduled in output.num_scheduled_tokens.items():
             asked = self.requests.get(request_id)
             if asked is None or not asked.to_save or request_id not in computed:
@@ -275,6 +285,8 @@ class Scheduler:
                 groups = output.kv_connector_block_state.get_block_ids(request_id)
                 if groups is not None:
                     blocks = tuple(groups[0][: -(-asked.num_tokens // self.block)])
+                    if not doubtful.isdisjoint(blocks):
+                        continue
                     saves.append(Save(request_id, f"{request_id}!{asked.saved + 1}", asked.prompt, blocks))
         for save in saves:  # from here on nothing fails: what is noted is what the workers are told
             asked = self.requests[save.request]
