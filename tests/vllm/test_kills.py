@@ -109,6 +109,30 @@ def test_an_engine_dies_in_the_middle_of_a_move(stage: Stage, survivor: Engine, 
     assert survivor.complete(prompt, TOKENS).tokens == right
 
 
+@pytest.mark.parametrize("who", ["server", "rank"])
+def test_the_engine_that_is_moved_to_dies(stage: Stage, survivor: Engine, who: str) -> None:
+    (one,) = stage.engines("one", dtype="float32")
+    prompt = letters(30 + list(WHO).index(who), 700)
+    right = survivor.complete(prompt, TOKENS).tokens
+    stage.stored("two", prompt)
+    found: dict[str, Any] = {}
+    everyone = [pid for pids in tree(one.process.pid).values() for pid in pids]
+    with stopped(pid_of(one, "rank")):  # it answers nothing: the move waits for its room
+        moving = asked(stage, "two", "one", prompt, found)
+        stage.until(lambda: in_flight(stage) == 1, "the move has begun")
+        os.kill(pid_of(one, who), signal.SIGKILL)
+        if who == "server":  # before its rank goes on: else the move may end well, and the KV go with the engine
+            stage.until(lambda: not living(everyone), "all of the engine has gone with its server", 30.0)
+    moving.join()
+    one.stop()
+    stage.until(lambda: in_flight(stage) == 0, "the move has ended", 60.0)
+    stage.until(lambda: stage.instance("one") is None, "the controller knows that it has gone")
+    assert stage.held(prompt) == {"two": 700}  # it has left its source for nowhere: it is there still
+    survivor.forget()
+    answer = survivor.complete(prompt, TOKENS)
+    assert (answer.cached, answer.tokens) == (699, right)
+
+
 def number(event_id: str) -> tuple[int, ...]:
     return tuple(int(part) for part in event_id.split("-"))
 
