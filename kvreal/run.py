@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Final, List, Mapping, Optional
@@ -11,6 +12,7 @@ from kvcore.scenario.faults import Crash, FaultPlan
 from kvcore.scenario.history import HistoryError
 from kvcore.scenario.result import Result
 from kvreal import collect
+from kvreal.arena import ARENAS
 from kvreal.pool import HostError, Lender, Pool
 from kvreal.seats import Broken, Hang
 from kvreal.session import Session
@@ -96,6 +98,8 @@ def _run(
         session.release()
     finally:
         session.abandon()
+        # The last to leave an arena takes it away; one whose members were all killed is nobody's.
+        shutil.rmtree(f"{ARENAS}/kvmove-{session.run}", ignore_errors=True)
     if broken is not None and broken.kind in FATAL:
         raise RunError(f"{broken.node}: {broken.text}")
     path = keep if keep is not None else folder / "history.jsonl"

@@ -191,3 +191,33 @@ def test_a_large_hand_over_moves_no_bytes() -> None:
         assert pair.check_all([(i, i) for i in range(8)]) == [-1] * 8
     finally:
         pair.close()
+
+
+def test_a_run_whose_processes_are_all_killed_leaves_no_arena(monkeypatch: pytest.MonkeyPatch) -> None:
+    import shutil
+
+    from kvcore.scenario.build import build
+    from kvcore.scenario.loader import loads
+    from kvreal.run import run
+
+    taken: List[str] = []
+    remove = shutil.rmtree
+
+    def watched(path: object, *args: object, **more: object) -> None:
+        if str(path).startswith(f"{ARENAS}/kvmove-"):
+            taken.append(str(path))
+        remove(path, *args, **more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(shutil, "rmtree", watched)
+    text = """
+name: stuck
+kv: {bytes_per_token: 1 KiB, chunk: 16 tokens}
+instances:
+  a: {locations: {LocalCPUBackend: 64 KiB}}
+  b: {locations: {LocalCPUBackend: 64 KiB}}
+steps:
+  - store: {at: a/LocalCPUBackend, prompt: p, tokens: 32}
+  - sleep: {for: 60 s}
+"""
+    assert run(build(loads(text, "stuck.yaml")), transport="arena", timeout_s=0.5).hung
+    assert len(taken) == 1 and not Path(taken[0]).exists()
