@@ -338,16 +338,24 @@ class Transfer:
         to, fro = (effect.location, effect.peer_location) if effect.read else (effect.peer_location, effect.location)
         into, out = (effect.slots, effect.peer_slots) if effect.read else (effect.peer_slots, effect.slots)
         job.began()
+        by = self._copied(job, fro, out, to, into)
+        if job.corrupt and effect.read:
+            self._spoil(job)
+        mode = self._mode(job)
+        _, sizes, keys = self._mine(job, mode)
+        compare(self.memory, to, into[: len(sizes)], sizes, keys, mode,
+                sums(self.memory, fro, out[: len(sizes)], sizes, keys, mode))  # fmt: skip
+        return by
+
+    def _copied(self, job: Job, fro: str, out: Sequence[int], to: str, into: Sequence[int]) -> str:
+        """Between two locations of this process; returns by what."""
+        effect = job.copy.effect
         if self.memory.share(fro, out, to, into):
             job.moved = job.nbytes
-            if job.corrupt and effect.read:
-                self._spoil(job)
             return "arena"
         self.memory.soil(to, into, poison=True)
         if self.memory.on_disk(to) or self.memory.on_disk(fro):
             file.carry(job, self.memory, self.flow, to, fro)
-            if job.corrupt and effect.read:
-                self._spoil(job)
             return "file"
         for mine, theirs, size in job.spans:
             target, source = (mine, theirs) if effect.read else (theirs, mine)
@@ -357,12 +365,6 @@ class Transfer:
             else:
                 self._memcpy(job, self.memory.view(to, target, size), self.memory.view(fro, source, size))
             job.moved += size
-        if job.corrupt and effect.read:
-            self._spoil(job)
-        mode = self._mode(job)
-        _, sizes, keys = self._mine(job, mode)
-        compare(self.memory, to, into[: len(sizes)], sizes, keys, mode,
-                sums(self.memory, fro, out[: len(sizes)], sizes, keys, mode))  # fmt: skip
         return "memcpy"
 
     def _memcpy(self, job: Job, target: Bytes, source: Bytes) -> None:
@@ -416,11 +418,22 @@ class Transfer:
             self._spoil(job)
         for link in reversed(links):
             link.line.end()
-            if mode != "off" and not effect.read and link.line.settle() == WRONG:
+            if mode != "off" and not effect.read and self._word(job, link.line) == WRONG:
                 raise Mismatch(f"{effect.peer} has other bytes than were written", ())
         slots, sizes, keys = self._mine(job, mode)
         if effect.read:
             compare(self.memory, effect.location, slots, sizes, keys, mode, links[0].grant.sums)
+
+    def _word(self, job: Job, line: Line) -> bytes:
+        """What the peer says of a window that has ended. It may never say anything: whoever stops the copy hangs up."""
+        job.woken_by(_hanger(line))
+        try:
+            return line.settle()
+        except OSError:
+            job.check()
+            raise
+        finally:
+            job.woken_by(None)
 
     def _choose(self, job: Job, endpoint: Endpoint) -> Carrier:
         effect = job.copy.effect
