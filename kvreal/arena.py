@@ -35,7 +35,6 @@ ARENAS: Final = "/dev/shm"
 
 Bytes = npt.NDArray[np.uint8]
 Row = npt.NDArray[np.int32]
-Indices = npt.NDArray[np.int64]
 
 
 class ArenaError(Exception):
@@ -155,12 +154,8 @@ class Arena:
                     os.close(fd)
         return found
 
-    def bury(self) -> None:
-        """Drop the references of members that are dead."""
-        with self._changing():
-            self._bury()
-
     def _bury(self) -> None:
+        """Drop the references of members that are dead."""
         alive = self._alive()
         for number in np.flatnonzero(self.ids.any(axis=1)):
             if int(number) not in alive:

@@ -33,8 +33,8 @@ class Drain:
         self.children: Dict[int, Tuple[int, int]] = {}
         #: its chains are being begun: whoever ends meanwhile is seen to there
         self.beginning: bool = False
-        #: chains that found no place to begin at
-        self.unbegun: List[int] = []
+        #: how many chains found no place to begin at
+        self.unbegun: int = 0
         #: chunk key -> tokens: chains share their heads, a chunk counts once
         self.planned: Dict[Key, int] = {key: n for keys, lens in chains for key, n in zip(keys, lens)}
         self.moved: Dict[Key, int] = {}
@@ -95,12 +95,12 @@ class Drains:
         #: child move -> its drain
         self.parents: Dict[int, int] = {}
 
-    def begin(self, now: int, client: str, m: MoveRequest, out: List[Effect]) -> None:
+    def begin(self, now: int, client: str, m: MoveRequest, chains: List[Chain], out: List[Effect]) -> None:
+        """``chains``: of a stepped move, its prefixes; else all that the place holds."""
         number = self.moves.new_event()
         out.append(Journal(Begin(number, m)))
         self.moves.name_event(number, m)
         deadline_ns = now + (m.deadline_ns or self.config.deadline_ns)
-        chains = self.prefixes(m) if m.keys else self.registry.chains(m.src)
         drain = Drain(number, m, client, chains, deadline_ns)
         orphans = 0 if m.keys else self.registry.count(m.src) - len(drain.planned)
         if orphans:
@@ -145,7 +145,7 @@ class Drains:
             destinations, reason, detail = self.registry.place(dst)
         if sources is None or destinations is None or now >= drain.deadline_ns:
             drain.cancelled = drain.cancelled or reason or "deadline"
-            drain.unbegun.append(chain)
+            drain.unbegun += 1
             return
         keys, lens = drain.chains[chain]
         left_ns = drain.deadline_ns - now
@@ -186,7 +186,7 @@ class Drains:
     def _end(self, now: int, drain: Drain, out: List[Effect]) -> None:
         del self.open[drain.number]
         if drain.cancelled:
-            unbegun = len(drain.chains) - drain.next + len(drain.unbegun)
+            unbegun = len(drain.chains) - drain.next + drain.unbegun
             if unbegun or not drain.left:
                 drain.left.append(f"{unbegun} chains not begun: {drain.cancelled}")
         tokens = sum(drain.moved.values())

@@ -205,6 +205,12 @@ class Terms(msgspec.Struct, frozen=True, gc=False, omit_defaults=True, forbid_un
     cap_bytes_per_s: int = 0
 
 
+def terms(priority: int, weight: int, cap_bytes_per_s: int) -> Optional[Terms]:
+    """None where they ask for nothing."""
+    found = Terms(priority, weight, cap_bytes_per_s)
+    return None if found == Terms() else found
+
+
 class Fetch(Message, frozen=True, gc=False):
     """controller -> destination. ``stamp`` is the controller's clock, echoed by Committed (H35)."""
 

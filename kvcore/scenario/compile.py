@@ -20,6 +20,7 @@ from kvcore.protocol.messages import (
     Terms,
     UnpinRequest,
     UseRequest,
+    terms,
 )
 from kvcore.scenario.client import Op, Request, request_name
 from kvcore.scenario.prompts import Keys, Prompts, PromptText
@@ -202,8 +203,7 @@ class Compiler:
 
     def _terms(self, body: Any) -> Optional[Terms]:
         cap = 0 if body.cap is None else int(body.cap.bytes_per_s)
-        terms = Terms(body.priority, body.weight, cap)
-        return None if terms == Terms() else terms
+        return terms(body.priority, body.weight, cap)
 
     def _store(self, name: str, body: Any) -> Op:
         where = f"step {name}"

@@ -29,6 +29,7 @@ from kvcore.protocol.messages import (
     UnpinRequest,
     event_name,
     event_number,
+    terms,
 )
 from kvcore.scenario.profile import Profile
 from kvreal.http import models as b
@@ -398,5 +399,4 @@ class Face:
 
 
 def terms_of(body: Union[b.MoveBody, b.DrainBody]) -> Optional[Terms]:
-    terms = Terms(body.priority, body.weight, body.bandwidth_cap_bytes_per_s or 0)
-    return None if terms == Terms() else terms
+    return terms(body.priority, body.weight, body.bandwidth_cap_bytes_per_s or 0)
