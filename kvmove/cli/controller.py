@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -127,19 +128,26 @@ def _profile(path: str | None) -> Any:
 def _config(sets: list[str], events_kept: int, events_max: int) -> Config:
     """The protocol's constants, as in a scenario file's ``constants``."""
     from kvcore.protocol.config import ConfigError
+    from kvcore.scenario.located import convert_as
+    from kvcore.scenario.mistake import Mistake, path_text
     from kvcore.scenario.schema import Constants, Scenario, config_of
-    from kvcore.scenario.units import dec_hook
 
     given: dict[str, Any] = {}
     for text in sets:
         name, equals, value = text.partition("=")
         if not equals:
             raise UserError(f"--set {text}: expected NAME=VALUE, like lease='2 s'")
-        given[name.strip().removeprefix("constants.")] = float(value) if name.strip() == "scale" else value.strip()
+        name, value = name.strip().removeprefix("constants."), value.strip()
+        given[name] = value
+        if name == "scale":
+            with suppress(ValueError):  # what is no number is refused below, with the rest
+                given[name] = float(value)
+    constants = convert_as(given, Constants)
+    if isinstance(constants, Mistake):
+        raise UserError(f"--set {path_text(constants.path)}: {constants.text}")
     try:
-        constants = msgspec.convert(given, Constants, dec_hook=dec_hook)
         config = config_of(Scenario(name="controller", instances={}, constants=constants))
-    except (msgspec.ValidationError, ConfigError, ValueError) as error:
+    except (ConfigError, ValueError) as error:
         raise UserError(f"--set {', '.join(sets)}: {error}") from None
     return msgspec.structs.replace(config, events_kept=events_kept, events_max=events_max)
 

@@ -16,6 +16,8 @@ from starlette.requests import ClientDisconnect
 from starlette.routing import Match
 from starlette.types import Receive, Scope, Send
 
+from kvcore.scenario.located import convert_as
+from kvcore.scenario.mistake import Mistake, path_text
 from kvreal.http import docs
 from kvreal.http import models as b
 from kvreal.http.auth import AuthDependency, Guard
@@ -256,6 +258,10 @@ def _post(app: FastAPI, face: Face, path: str, kind: Any, handler: Handler, limi
         try:
             return strict(data)
         except msgspec.ValidationError as error:
+            if not lease and "Invalid enum value" in str(error):  # msgspec names none of those that are valid
+                mistake = convert_as(msgspec.json.decode(data), kind)
+                if isinstance(mistake, Mistake):
+                    raise msgspec.ValidationError(f"{mistake.text} - at `$.{path_text(mistake.path)}`") from None
             if "Expected `int`, got `float`" not in str(error):
                 raise
             return strict(_encode(_whole(msgspec.json.decode(data))))

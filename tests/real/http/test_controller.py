@@ -133,9 +133,13 @@ def test_a_body_with_a_mistake_is_422_and_names_the_field(shared: Cluster) -> No
         ({"old_position": ["a"]}, "old_position"),
         ({"deadline_s": 0}, "deadline_s"),
         ({"copy": True, "should_copy": False}, "should_copy"),
+        ({"granularity": "foo"}, "granularity"),
     ):
         answer = shared.controller.post("/move", **{**good, **change})
         assert (answer.status_code, answer.json()["field"]) == (422, field), answer.text
+    answer = shared.controller.post("/move", **{**good, "granularity": "prefx"})
+    expected = "granularity: unknown value 'prefx', expected move or prefix (did you mean 'prefix'?)"
+    assert answer.json()["detail"] == expected
     answer = shared.controller.http.post("/move", content=b"{not json")
     assert answer.status_code == 422
     deep = b'{"event_id": ' + b"[" * 100_000 + b"]" * 100_000 + b"}"
@@ -462,7 +466,10 @@ def test_prior_art_17_malformed_frames_change_nothing(shared: Cluster) -> None:
         (["--monitor-ports", '{"pul": 1}'], "unknown field `pul`"),
         (["--monitor-ports", "8300"], "--monitor-ports 8300"),
         (["--set", "lease=1 ms"], "lease"),
-        (["--set", "leese=1 s"], "leese"),
+        (["--set", "leese=1 s"], "--set leese: unknown field 'leese', expected scale, retry"),
+        (["--set", "leese=1 s"], "(did you mean 'lease'?)"),
+        (["--set", "scale=abc"], "--set scale: found 'abc', expected a number"),
+        (["--set", "constants.scale=0"], "constants.scale is 0.0, expected a number above 0"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_2(tmp_path: Path, args: List[str], line: str) -> None:
