@@ -18,6 +18,7 @@ from kvcore.protocol.messages import Location, Namespace
 from kvcore.scenario.loader import ScenarioError, load_as
 from kvcore.scenario.mistake import Mistake, nearest, shown
 from kvcore.scenario.schema import MODELS, Constants, Kv, Scenario, config_of
+from kvcore.scenario.topology import kind_of
 from kvcore.scenario.units import Size
 from kvreal.arena import ARENAS
 from kvreal.transfer import NAMES, names
@@ -314,6 +315,9 @@ def _places(path: str, keys: Keys, slot_bytes: int) -> Tuple[Tuple[str, int], ..
     sizes: Dict[str, Tuple[str, int]] = {}
     for name, size in keys.kvmove.locations.items():
         sizes[name] = (f"kvmove.locations.{name}", size.bytes)
+    if sizes and (keys.local_disk or keys.max_local_disk_size) and "disk" not in {kind_of(name) for name in sizes}:
+        key = "local_disk" if keys.local_disk else "max_local_disk_size"
+        raise _at(path, key, f"kvmove.locations names no disk, expected {DISK} and its size there, or no {key}")
     if not sizes and keys.local_cpu:
         sizes[CPU] = ("max_local_cpu_size", int(keys.max_local_cpu_size * GB))
     if not keys.kvmove.locations and keys.local_disk:

@@ -87,6 +87,8 @@ def test_no_key_is_both_read_and_ignored() -> None:
         ("kvmove: {model: other/one}", "kvmove.bytes_per_token:", "model other/one is not known"),
         ("kvmove: {ranks: 3}", ":4:17: kvmove.ranks:", "cannot share 131072 bytes"),
         ("kvmove: {constants: {lease: 1 ms}}", "lease", "must not be"),
+        ("local_disk: /d\nkvmove: {locations: {LocalCPUBackend: 1 GiB}}", ":4:13: local_disk:", "names no disk"),
+        ("max_local_disk_size: 5\nkvmove: {locations: {A: 1 GiB}}", ":4:22: max_local_disk_size:", "names no disk"),
         ("lmcache_instance_id: b", ":4:1: lmcache_instance_id:", "given twice"),
     ],
 )
