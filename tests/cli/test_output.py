@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 
 from kvmove.errors import UserError, line_for
-from kvmove.output import choice, duration, percent, plural, size
+from kvmove.output import choice, duration, percent, plural, size, transport_names
 
 
 @pytest.mark.parametrize(
@@ -46,3 +48,9 @@ def test_known_errors_are_one_line_and_bugs_are_not_hidden() -> None:
     assert line_for(FileNotFoundError(2, "No such file or directory", "x.yaml")) == "x.yaml: No such file or directory"
     assert line_for(OSError("port 4 in use")) == "port 4 in use"
     assert line_for(ValueError("a bug")) is None
+
+
+def test_without_the_real_world_the_transports_have_the_same_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = pytest.importorskip("kvreal.transfer").NAMES
+    monkeypatch.setitem(sys.modules, "kvreal.transfer", None)
+    assert transport_names() == ours
