@@ -19,13 +19,13 @@ import sys
 import tempfile
 import threading
 import time
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Callable, Dict, Final, List, Mapping, Optional, Sequence, Tuple, Type
 
 import msgspec
 
-ROOT: Final = Path(__file__).resolve().parents[1]
+from kvreal.facts import child_environment
+
 PIECE: Final = 8 << 20
 """What one call of a socket is given."""
 FAMILIES: Final = ("tcp", "unix")
@@ -54,11 +54,10 @@ class Child:
 
     def __init__(self, *argv: object, env: Optional[Mapping[str, str]] = None) -> None:
         command = [sys.executable, "-m", "kvreal.bare", *[str(arg) for arg in argv]]
-        path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH", "")])])
         with tempfile.TemporaryFile("w+") as self.errors:
             self.process = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=os.dup(self.errors.fileno()),
-                text=True, env={**os.environ, **(env or {}), "PYTHONPATH": path},
+                text=True, env=child_environment(env),
             )  # fmt: skip
 
     def hear(self) -> Any:

@@ -20,7 +20,7 @@ import msgspec
 from kvcore.protocol.machine import CopyDone, Received, Send, StartCopy
 from kvcore.protocol.messages import Fetch, Push, Rid
 from kvcore.scenario.history import Line, read
-from kvreal.facts import PACKAGES, Machine, child_environment, machine
+from kvreal.facts import PACKAGES, Machine, child_environment, line_of, machine
 
 TRY_TIMEOUT_S: Final = 20.0
 PROCESS_TIMEOUT_S: Final = 60.0
@@ -95,14 +95,14 @@ def _try_all(saying: Said) -> Tuple[Tried, ...]:
 
         names = [name for name in transfer.names() if name != "auto"]
     except Exception as error:
-        return (Tried("all", False, why=f"the transports cannot be loaded: {_line(error)}"),)
+        return (Tried("all", False, why=f"the transports cannot be loaded: {line_of(error)}"),)
     found: List[Tried] = []
     for name in names:
         saying(f"trying {name}")
         try:
             transfer.resolve(name)
         except Exception as error:
-            found.append(Tried(name, False, why=_line(error)))
+            found.append(Tried(name, False, why=line_of(error)))
             continue
         found.append(try_transport(name))
     return tuple(found)
@@ -140,7 +140,7 @@ def tried_here(name: str) -> Tried:
             result = run(built, history=log, transport=name, timeout_s=TRY_TIMEOUT_S)
             carried = carriers(list(read(log)[1]))
     except Exception as error:  # whatever a library says: it is the answer
-        return Tried(name, False, why=_line(error))
+        return Tried(name, False, why=line_of(error))
     pairs: Dict[str, str] = {}
     failed: Dict[str, str] = {}
     for operation in result.operations:
@@ -244,10 +244,6 @@ def _command_in(why: str) -> str:
     """``... not installed (pip install nixl)`` -> pip install nixl."""
     start = why.find("(pip install ")
     return why[start + 1 : why.index(")", start)] if start >= 0 and ")" in why[start:] else ""
-
-
-def _line(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 if __name__ == "__main__":

@@ -19,11 +19,12 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
-from typing import Dict, Final, List, Optional, Tuple
+from typing import Dict, Final, List, Mapping, Optional, Tuple
 
 import msgspec
 
 PROBE_TIMEOUT_S: Final = 20.0
+TICKS: Final = os.sysconf("SC_CLK_TCK")
 #: Distributions whose versions matter to whoever reads a report, and the extra of ours that brings each.
 PACKAGES: Final[Dict[str, str]] = {
     "numpy": "real",
@@ -87,7 +88,7 @@ class Probed(msgspec.Struct, frozen=True):
 
 def machine() -> Machine:
     probed = _probed()
-    memory = _meminfo()
+    memory = meminfo()
     shm = _statvfs("/dev/shm")
     memlock = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
     return Machine(
@@ -160,10 +161,16 @@ def _chosen(text: str) -> str:
     return found.group(1) if found else ""
 
 
-def _meminfo() -> Dict[str, int]:
+def meminfo() -> Dict[str, int]:
     """The kernel's numbers: KiB, and pages for HugePages_*."""
     pairs = re.findall(r"^(\w+):\s+(\d+)", _text("/proc/meminfo"), re.MULTILINE)
     return {name: int(value) for name, value in pairs}
+
+
+def cpu_s(pid: int) -> float:
+    """CPU seconds that a process has used so far, in user and system mode. OSError if there is no such process."""
+    words = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(words[11]) + int(words[12])) / TICKS
 
 
 def _statvfs(path: str) -> Tuple[int, int]:
@@ -176,11 +183,11 @@ def _statvfs(path: str) -> Tuple[int, int]:
 
 
 # ---- asked in a child
-def child_environment() -> Dict[str, str]:
-    """In which a child finds this source tree, wherever it is."""
+def child_environment(env: Optional[Mapping[str, str]] = None) -> Dict[str, str]:
+    """This process's, and ``env`` over it; a child finds this source tree in it, wherever it is."""
     root = str(Path(__file__).resolve().parents[1])
     path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH", "")])])
-    return {**os.environ, "PYTHONPATH": path}
+    return {**os.environ, **(env or {}), "PYTHONPATH": path}
 
 
 def _probed() -> Probed:
@@ -238,7 +245,7 @@ def _gpus(notes: List[str]) -> Tuple[Gpu, ...]:
             notes.append("there is an NVIDIA device, and torch sees none of it")
         return tuple(Gpu(one.name, one.total_memory) for one in found)
     except Exception as error:  # whatever a driver that does not match says
-        notes.append(f"there is an NVIDIA device, and torch cannot use it: {_line(error)}")
+        notes.append(f"there is an NVIDIA device, and torch cannot use it: {line_of(error)}")
         return ()
 
 
@@ -251,7 +258,7 @@ def _nixl(notes: List[str]) -> Tuple[str, ...]:
         agent = api.nixl_agent("doctor", api.nixl_agent_config(enable_prog_thread=False, backends=[]))
         return tuple(sorted(agent.get_plugin_list()))
     except Exception as error:  # not there, or not for this machine
-        notes.append(f"nixl cannot be asked: {_line(error)}")
+        notes.append(f"nixl cannot be asked: {line_of(error)}")
         return ()
 
 
@@ -284,7 +291,8 @@ def listed(said: str) -> Tuple[str, ...]:
     return tuple(sorted(name.strip() for name in found.group(1).split(","))) if found else ()
 
 
-def _line(error: BaseException) -> str:
+def line_of(error: BaseException) -> str:
+    """Its first line; its kind where it says nothing."""
     return str(error).strip().partition("\n")[0] or type(error).__name__
 
 

@@ -22,10 +22,10 @@ from types import TracebackType
 from typing import Any, Callable, Dict, Final, List, Optional, Sequence, Tuple, Type
 
 from kvreal import control as c
+from kvreal.facts import child_environment
 from kvreal.transfer import TransferError, resolve
 
 START_TIMEOUT_S: Final = 60.0
-ROOT: Final = Path(__file__).resolve().parents[1]
 LOOPBACK: Final = "127.0.0.1"
 
 
@@ -320,7 +320,6 @@ class Spawner:
 def _popen(
     command: Sequence[str], env: Dict[str, str], secret: bytes, stdin: int, stdout: int
 ) -> subprocess.Popen[bytes]:
-    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH", "")])])
     kept: Tuple[int, ...] = ()
     arguments = list(command)
     try:
@@ -336,7 +335,7 @@ def _popen(
             stdout=stdout,
             bufsize=0,
             pass_fds=kept,
-            env={**os.environ, **env, "PYTHONPATH": path},
+            env=child_environment(env),
         )
     finally:
         for fd in kept:

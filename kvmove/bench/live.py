@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import http.client
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -15,33 +14,25 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 from kvmove.bench.matrix import Contention, Peer, Services
 from kvmove.bench.result import MOVE, Cell, Figure, Phases, Series
 from kvmove.errors import UserError
+from kvreal.facts import child_environment, cpu_s
+from kvreal.reference.peer import CHUNK_TOKENS, CPU, VERSION, Http, PeerError, Reference, free_port, move_body
 
-if TYPE_CHECKING:
-    from kvreal.reference.peer import Http, Reference
-
-CPU: Final = "LocalCPUBackend"
-CHUNK_TOKENS: Final = 256
 START_S: Final = 60.0
 LIFE_MOVES: Final = 3
 """Large moves that the reference's engines are asked for in one life: it keeps what it has moved away."""
 TURNS: Final = 4
-ROOT: Final = Path(__file__).resolve().parents[2]
 GIB: Final = float(1 << 30)
-PAGES: Final = os.sysconf("SC_PAGE_SIZE")
-TICKS: Final = os.sysconf("SC_CLK_TCK")
 
 
 class Cluster:
     """The processes; ``with`` ends them. ``token_bytes`` of KV a token, ``pool_bytes`` at each of the two ends."""
 
     def __init__(self, folder: Path, transport: str, token_bytes: int, pool_bytes: int) -> None:
-        from kvreal.reference.peer import Http, free_port
-
         self.folder: Path = folder
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
         self.https: dict[str, Http] = {}
@@ -73,14 +64,13 @@ class Cluster:
 
     def _start(self, command: str, args: list[str], name: str = "") -> None:
         name = name or command
-        path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH", "")])])
         with (self.folder / f"{name}.log").open("wb") as log:
             self.processes[name] = subprocess.Popen(
                 [sys.executable, "-m", "kvmove", command, *args],
                 cwd=self.folder,
                 stdout=log,
                 stderr=log,
-                env={**os.environ, "PYTHONPATH": path},
+                env=child_environment(),
             )
 
     def __enter__(self) -> Cluster:
@@ -141,8 +131,6 @@ class Cluster:
 
     def start_move(self, src: str, dst: str, tokens: list[int]) -> str:
         """The event's id; it goes on."""
-        from kvreal.reference.peer import move_body
-
         status, answer = self.https["controller"].ask("POST", "/move", move_body(src, dst, tokens))
         if status != 200 or answer.get("num_tokens") != len(tokens):
             raise UserError(f"bench: our controller answered {status} {json.dumps(answer)[:200]} to a move")
@@ -169,11 +157,7 @@ class Cluster:
     # ---- looking at the processes
     def cpu_s(self) -> dict[str, float]:
         """CPU seconds that each process has used so far."""
-        found = {}
-        for name, process in self.processes.items():
-            words = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
-            found[name] = (int(words[11]) + int(words[12])) / TICKS
-        return found
+        return {name: cpu_s(process.pid) for name, process in self.processes.items()}
 
     def forget_peaks(self) -> None:
         for process in self.processes.values():
@@ -197,7 +181,8 @@ def prompt(first: int, count: int) -> list[int]:
 def figures(services: Services, repeats: int) -> list[Figure]:
     """Idle CPU, growth of memory, small moves beside large ones, as asked for."""
     found: list[Figure] = []
-    large = max([services.memory.bytes if services.memory else 0, *_large(services.contention)])
+    sizes = (services.memory, services.contention.large if services.contention else None)
+    large = max(size.bytes if size is not None else 0 for size in sizes)
     token_bytes = 128 << 10 if large else 128
     room = large + (64 << 20) + 4 * token_bytes * CHUNK_TOKENS
     with tempfile.TemporaryDirectory(prefix="kvmove-bench-") as folder:
@@ -214,10 +199,6 @@ def figures(services: Services, repeats: int) -> list[Figure]:
             if services.contention is not None:
                 found += _contention(cluster, services, services.contention, long, repeats)
     return found
-
-
-def _large(contention: Contention | None) -> list[int]:
-    return [contention.large.bytes] if contention is not None else []
 
 
 def _idle(cluster: Cluster, services: Services, seconds: float) -> list[Figure]:
@@ -301,8 +282,6 @@ def _contention(
 def beside(services: Services, peer: Peer, repeats: int, warmup: int, python: Path | None) -> Cell:
     """The same move by us and by the reference, blocks in turns; without ``python`` ours alone. UserError if ours, or
     the reference, does not do it."""
-    from kvreal.reference.peer import PeerError, Reference
-
     nbytes = peer.size.bytes if peer.size is not None else peer.tokens.number * peer.token.bytes  # type: ignore[union-attr]
     # A chunk of 8 MiB for a large size: 256 tokens, which is what the reference's controller knows.
     token_bytes = 32 << 10 if peer.size is not None else peer.token.bytes
@@ -339,7 +318,7 @@ def beside(services: Services, peer: Peer, repeats: int, warmup: int, python: Pa
     series = [Series(what=MOVE, seconds=tuple(ours), about=carried, warmup=warmup)]
     if theirs:
         series.append(
-            Series(what="reference", seconds=tuple(theirs), about="LMCache 0.5.6, its nixl channel", warmup=1)
+            Series(what="reference", seconds=tuple(theirs), about=f"LMCache {VERSION}, its nixl channel", warmup=1)
         )
     return Cell(
         name=f"{services.name}: {peer.name}",

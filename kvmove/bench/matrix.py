@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import glob
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
 from typing import Any, Final, Literal
 
-import msgspec
 from msgspec import field
 
 from kvcore.scenario.loader import load_as
 from kvcore.scenario.located import convert_as
 from kvcore.scenario.mistake import Mistake, unknown
 from kvcore.scenario.units import Duration, Size, Tokens
-from kvmove.bench.result import Goal
+from kvmove.bench.result import Goal, Part
 from kvmove.output import size as size_text
 
 HERE: Final = "here"
@@ -25,10 +24,6 @@ STANDARD: Final = Path(__file__).with_name("standard.yaml")
 SPARE_BYTES: Final = 1 << 30
 """Of memory that is left alone."""
 KINDS: Final = ("CPU", "Disk", "GPU")
-
-
-class Part(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True, kw_only=True):
-    """Base of everything in a matrix."""
 
 
 class Block(Part, frozen=True, kw_only=True):
@@ -126,12 +121,6 @@ class Point(Part, frozen=True, kw_only=True):
     def slots(self) -> int:
         """Chunks that all its moves need at one end."""
         return -(-self.tokens // self.chunk_tokens) * self.concurrency
-
-    @property
-    def memory_bytes(self) -> int:
-        """What it takes at the most while it is measured."""
-        ours = 2 * (self.slots + 1) * self.chunk_bytes
-        return ours + sum(2 * self.nbytes * self.concurrency for _ in self.beside)
 
 
 class Machine(Part, frozen=True, kw_only=True):
@@ -324,6 +313,3 @@ def scenario_files(pattern: str) -> list[str]:
 
     place = scenarios_directory()
     return sorted(glob.glob(str(place / pattern)))
-
-
-Progress = Callable[[str], Any]

@@ -17,7 +17,7 @@ MOVE: Final = "move"
 
 
 class Part(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True, kw_only=True):
-    """Base of everything in a result."""
+    """Base of everything in a matrix and in a result."""
 
 
 class Phases(Part, frozen=True, kw_only=True):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import os
-import platform
 import shlex
 import statistics
 import tempfile
@@ -38,6 +37,7 @@ def machine() -> Machine:
     """What a matrix may ask for here. RealUnavailable if nothing can run for real."""
     try:
         from kvreal import transfer
+        from kvreal.facts import meminfo
         from kvreal.memory import provides
     except ImportError as error:
         raise RealUnavailable(f"the real world cannot run here ({error}): pip install 'kvmove[real]'") from None
@@ -47,7 +47,7 @@ def machine() -> Machine:
         transports=here,
         named=tuple(name for name in known if name not in here and _works(name)),
         known=known,
-        available_bytes=_available_bytes(),
+        available_bytes=meminfo().get("MemAvailable", 0) << 10,
         gpu="gpu" in provides(),
     )
 
@@ -59,13 +59,6 @@ def _works(name: str) -> bool:
         return bool(transfer.resolve(name))
     except transfer.TransferError:
         return False
-
-
-def _available_bytes() -> int:
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) << 10
-    return 0
 
 
 def quick(given: Matrix) -> Matrix:
@@ -274,12 +267,8 @@ def _outcome(played: Played, world: str) -> Outcome:
 def machine_text() -> tuple[dict[str, str], dict[str, str]]:
     """(what this machine is, versions): names to text, nothing that tells whose it is."""
     from kvmove.output import size
+    from kvreal.facts import machine as facts_of
 
-    versions = {"kvmove": version_text().removeprefix("kvmove "), "python": platform.python_version()}
-    try:
-        from kvreal.facts import machine as facts_of
-    except ImportError:
-        return {"system": f"{platform.system()} {platform.release()}", "cores": str(os.cpu_count())}, versions
     facts = facts_of()
     text = {
         "system": ".".join(facts.system.split(".")[:2]),
@@ -294,7 +283,7 @@ def machine_text() -> tuple[dict[str, str], dict[str, str]]:
         "NIXL plugins": ", ".join(facts.nixl_plugins) or "none",
         "other load": f"{os.getloadavg()[0]:.1f} runnable on average in the minute before",
     }
-    return text, {**versions, **facts.versions}
+    return text, {"kvmove": version_text().removeprefix("kvmove "), **facts.versions}
 
 
 def load(path: str | None, is_quick: bool, here: Machine) -> Matrix:

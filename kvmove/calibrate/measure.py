@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import contextlib
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -169,14 +169,13 @@ def _processor(pool: Pool) -> tuple[float, float]:
 
 def _cpu_s(pool: Pool) -> float:
     """Of all of a pool's processes so far."""
-    ticks = 0
+    from kvreal.facts import cpu_s
+
+    spent_s = 0.0
     for host in pool.all:
-        try:
-            fields = Path(f"/proc/{host.pid}/stat").read_text().rpartition(")")[2].split()
-        except OSError:
-            continue
-        ticks += int(fields[11]) + int(fields[12])
-    return ticks / os.sysconf("SC_CLK_TCK")
+        with contextlib.suppress(OSError):
+            spent_s += cpu_s(host.pid)
+    return spent_s
 
 
 def journal_ns() -> list[float]:
