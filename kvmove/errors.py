@@ -24,7 +24,7 @@ class RealUnavailable(UserError):
 #: Errors that other packages raise at users, by class name: those packages are imported only where they are used.
 KNOWN: Final = frozenset(
     {"ScenarioError", "BuildError", "ConfigError", "ProfileError", "HistoryError", "TransferError", "RunError"}
-    | {"EndpointError", "InstanceError", "SlabError", "TokenizerError", "TopologyError", "KeysError"}
+    | {"EndpointError", "SlabError", "TokenizerError", "TopologyError", "KeysError"}
     | {"PeerError", "LendError"}
 )
 

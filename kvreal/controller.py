@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import signal
 import socket
 import sys
 import time
 from pathlib import Path
-from typing import Any, Callable, Dict, Final, Iterator, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Final, List, Optional, Sequence, Tuple
 
 import msgspec
 import uvicorn
@@ -24,6 +23,7 @@ from kvreal.http.events import EventLog, Keeper
 from kvreal.http.face import Face
 from kvreal.http.face import Settings as FaceSettings
 from kvreal.http.hot import protocol
+from kvreal.http.server import Server, listen
 from kvreal.http.watching import watching
 from kvreal.loop import runner, settle
 from kvreal.service import JournalLike, Service
@@ -32,10 +32,6 @@ log = logging.getLogger("kvmove.controller")
 
 GOOD: Final = 0
 FAILED: Final = 1
-
-
-class ControllerError(Exception):
-    """What keeps a controller from starting, in one line."""
 
 
 class Ports(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -81,27 +77,6 @@ class Opened(msgspec.Struct, frozen=True, kw_only=True):
     """Each makes a router, beside those of the page and the metrics."""
 
 
-class Server(uvicorn.Server):
-    """The controller handles signals itself."""
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
-
-
-def listen(host: str, port: int) -> socket.socket:
-    """A socket that is bound, and does not accept yet. ControllerError: the port is taken."""
-    try:
-        infos = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-        family, _, _, _, address = sorted(infos, key=lambda one: one[0] != socket.AF_INET)[0]
-        sock = socket.socket(family, socket.SOCK_STREAM)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        sock.bind(address)
-    except OSError as error:
-        raise ControllerError(f"cannot listen at {host}:{port}: {error.strerror or error}") from error
-    return sock
-
-
 class ReplySocket:
     """The monitor's second socket: whoever asks it anything is told who this controller is."""
 
@@ -115,7 +90,7 @@ class ReplySocket:
         try:
             self.sock.bind(f"tcp://{bind}")
         except zmq.ZMQError as error:
-            raise ControllerError(f"cannot listen at {bind}: {error.strerror or error}") from error
+            raise EndpointError(f"cannot listen at {bind}: {error.strerror or error}") from error
         self.port: int = int(self.sock.getsockopt_string(zmq.LAST_ENDPOINT).rpartition(":")[2])
         network.others.append(self.sock)
         self.about: Callable[[], Dict[str, Any]] = about
@@ -152,16 +127,13 @@ class ControllerProcess:
         self.http: socket.socket = http
         host = "127.0.0.1" if settings.monitor_host == "localhost" else settings.monitor_host
         pull = settings.ports.pull
-        try:
-            self.network: Endpoints = Endpoints(
-                f"{host}:{pull}",
-                address=settings.address,
-                aliases=(f"127.0.0.1:{pull}", f"{host}:{pull}") if pull else (),
-                cluster=settings.cluster,
-                curve=opened.curve,
-            )
-        except EndpointError as error:
-            raise ControllerError(str(error)) from error
+        self.network: Endpoints = Endpoints(
+            f"{host}:{pull}",
+            address=settings.address,
+            aliases=(f"127.0.0.1:{pull}", f"{host}:{pull}") if pull else (),
+            cluster=settings.cluster,
+            curve=opened.curve,
+        )
         try:
             self.reply: ReplySocket = ReplySocket(self.network, f"{host}:{settings.ports.reply}", self.about)
             self.journaled: Journaled = opened.journal()
@@ -236,7 +208,7 @@ class ControllerProcess:
 
 
 def run(settings: Settings, open_: Callable[[], Opened]) -> int:
-    """Serve until told to stop. ControllerError: why not, in one line. ``open_`` is called once HTTP's port is ours."""
+    """Serve until told to stop. EndpointError: why not, in one line. ``open_`` is called once HTTP's port is ours."""
     if not is_loopback(settings.host) or not is_loopback(settings.monitor_host):
         log.debug("listening beyond this machine")
     http = listen(settings.host, settings.port)

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import os
 import signal
 import socket
 import sys
-from typing import Any, Callable, Dict, Final, Iterator, List, Optional, Union
+from typing import Any, Callable, Dict, Final, List, Optional, Union
 
 import msgspec
 import uvicorn
 
 from kvreal.http.instance import make_app
+from kvreal.http.server import Server, listen
 from kvreal.http.serving import Serving
 from kvreal.instance_file import InstanceFile
 from kvreal.loop import runner, settle
@@ -31,36 +31,11 @@ PATIENCE_S: Final = 5.0
 """How long the controller may take before somebody is told that it has not been heard."""
 
 
-class InstanceError(Exception):
-    """What keeps an instance from starting, in one line."""
-
-
 class Settings(msgspec.Struct, frozen=True):
     host: str = "localhost"
     port: int = 8000
     api_key: str = ""
     version: str = ""
-
-
-class _Server(uvicorn.Server):
-    """The instance handles signals itself."""
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
-
-
-def listen(host: str, port: int) -> socket.socket:
-    """A bound socket. InstanceError: the port is taken."""
-    try:
-        info = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-        family, _, _, _, address = sorted(info, key=lambda one: one[0] != socket.AF_INET)[0]
-        sock = socket.socket(family, socket.SOCK_STREAM)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        sock.bind(address)
-        return sock
-    except OSError as error:
-        raise InstanceError(f"cannot listen at {host}:{port}: {error.strerror or error}") from error
 
 
 class Instance:
@@ -72,7 +47,7 @@ class Instance:
         self.status: int = GOOD
         self.why: str = ""
         """Why this instance ends, or cannot serve."""
-        self.server: Optional[_Server] = None
+        self.server: Optional[Server] = None
         self.announced: bool = False
         self.ever: bool = False
         self.children: List[Child] = []
@@ -141,7 +116,7 @@ class Instance:
         config = uvicorn.Config(
             app, log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=3, ws="none"
         )
-        self.server = _Server(config)
+        self.server = Server(config)
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, self._signalled)
         try:

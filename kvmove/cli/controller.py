@@ -93,10 +93,7 @@ def controller(
     for line in real.checked_hosts(settings, tokens is not None, keys is not None):
         raise UserError(line)
     path = Path(journal or f"kvmove-controller-{port}.db")
-    try:
-        status = real.run(settings, lambda: _opened(path, durability, tokens, keys, settings.config))
-    except real.ControllerError as error:
-        raise UserError(str(error)) from None
+    status = real.run(settings, lambda: _opened(path, durability, tokens, keys, settings.config))
     if status:
         raise typer.Exit(status)
 
