@@ -26,6 +26,7 @@ from kvcore.protocol.worker import Worker
 from kvreal.endpoints import CLUSTER, Endpoints, endpoint_of
 from kvreal.engines.base import Engine
 from kvreal.engines.thread import EngineThread
+from kvreal.host import die_with_parent
 from kvreal.http.serving import Held, RankGone
 from kvreal.instance_file import InstanceFile, read
 from kvreal.keys import Keys, load
@@ -153,7 +154,6 @@ class Local:
 
 def refusal(instance: str, why: str, rest: str) -> str:
     """One line of a refused registration, with the times in it as people read them."""
-
     have, _, got = rest.removeprefix("have ").partition(", got ")
     if why == "duplicate_id":
         return f"the instance {instance} is there already, at {with_dates(have)}; this one ({got}) is refused"
@@ -303,12 +303,6 @@ def keys_of(file: InstanceFile) -> Optional[Keys]:
     if not file.keys:
         return None
     return load(file.keys)
-
-
-def die_with_parent(parent: int) -> None:
-    from kvreal.host import die_with_parent as die
-
-    die(parent)
 
 
 def main(argv: Sequence[str]) -> int:

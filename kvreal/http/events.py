@@ -251,7 +251,7 @@ class EventLog:
         record.enter(view.state, now)
         record.ended_ns = now
         record.frozen = brief(view)
-        record.whole = zlib.compress(msgspec.json.encode(view), 1)
+        record.whole = packed(msgspec.json.encode(view))
         self.records.setdefault(record.number, record)
         self._prune(now)
 

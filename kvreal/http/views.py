@@ -80,13 +80,9 @@ class Record:
         """Several moves together."""
         return self.kind in ("drain", "stepped")
 
-    def enter(self, state: str, now: int) -> bool:
-        """True if that is a new state."""
-        if state == self.state and state in self.entered:
-            return False
+    def enter(self, state: str, now: int) -> None:
         self.state = state
         self.entered.setdefault(state, now)
-        return True
 
 
 def view_of(record: Record, full: bool, expires_in_s: Optional[float]) -> EventView:

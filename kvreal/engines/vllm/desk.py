@@ -13,7 +13,7 @@ import logging
 import os
 import struct
 from collections import OrderedDict, deque
-from typing import Any, Deque, Dict, Final, List, Optional, Tuple, Union, cast
+from typing import Deque, Dict, Final, List, Optional, Tuple, Union, cast
 
 from kvcore.protocol import machine as m
 from kvcore.protocol.chunks import chunk_keys, next_key, root_key
@@ -270,7 +270,3 @@ class Desk:
 
 def tokens_of(prompt: Prompt) -> Tuple[int, ...]:
     return struct.unpack(f"<{len(prompt.tokens) // 4}I", prompt.tokens)
-
-
-def prompt_of(tokens: Any, adapter: str, salt: str) -> Prompt:
-    return Prompt(struct.pack(f"<{len(tokens)}I", *tokens), adapter, salt)
