@@ -1,6 +1,6 @@
 """What an engine is to a rank: whoever writes KV into slots of its memory, and reads it out again.
 
-    class Mine:                                     # kvreal.engines.synthetic, .transformers, .vllm
+    class Mine:                                     # kvreal.engines.synthetic, .transformers
         def fill(self, memory, task, bytes_per_token): ...
         def read(self, memory, task, bytes_per_token): ...
 
@@ -9,7 +9,8 @@
 A StoreRequest ends in ``fill``: the slots are this task's alone, and become visible under their keys once True is
 returned. A UseRequest ends in ``read``: the slots hold what their keys stand for, and stay until it returns. Both are
 called from one thread beside the loop, one task after the other. They know the chunks by their keys only: an engine
-says beforehand, to itself, where the KV of a key lies or is to be laid, and asks its rank then.
+says beforehand, to itself, where the KV of a key lies or is to be laid, and asks its rank then. An engine in another
+process is none of these: what stands in for the thread hands it the slots (kvreal.engines.vllm.desk).
 """
 
 from __future__ import annotations

@@ -197,13 +197,19 @@ class Scheduler:
 
     def _offer(self, asked: Asked, local: int) -> Tuple[int, bool]:
         """All ranks or none: what the one that holds least of it holds; the last token is always computed."""
-        held = min(seen.num_tokens for seen in asked.seen.values())
-        count = min(held, asked.num_tokens - 1) - local
+        count = min(self._held(asked), asked.num_tokens - 1) - local
         if count <= 0:
             return 0, False
         asked.offered = local
-        size = -(-count // self.block) * self.block_bytes
-        return count, self.mode == "async" or (self.mode == "auto" and size > SYNC_BYTES)
+        return count, not self._within(-(-count // self.block))
+
+    def _held(self, asked: Asked) -> int:
+        """Tokens that every rank holds, once all have answered."""
+        return min(seen.num_tokens for seen in asked.seen.values())
+
+    def _within(self, blocks: int) -> bool:
+        """Whether so many are loaded within a step."""
+        return self.mode == "sync" or (self.mode == "auto" and blocks * self.block_bytes <= SYNC_BYTES)
 
     def _miss(self, asked: Asked, why: str) -> None:
         self.tally.add("lookups", 1, why)
@@ -220,7 +226,7 @@ class Scheduler:
         if asked is None or asked.tried:
             return
         if self._complete(asked):
-            held = min(seen.num_tokens for seen in asked.seen.values())
+            held = self._held(asked)
             asked.to_save = held < asked.num_tokens
             self.tally.add("lookups", 1, "loaded" if count > 0 else "local" if held > 0 else "nothing_held")
         if count <= 0 or asked.offered < 0:
@@ -233,11 +239,8 @@ class Scheduler:
         found: Tuple[Found, ...] = tuple((seen.location, seen.slots) for _, seen in sorted(asked.seen.items()))
         one = asked.seen[0]
         moved = max(0, min(count, one.moved - max(0, one.num_tokens - asked.offered - count)))
-        size = len(blocks) * self.block_bytes
-        sync = self.mode == "sync" or (self.mode == "auto" and size <= SYNC_BYTES)
-        self.loads.append(
-            Load(request.request_id, asked.name, sync, first, blocks, found, count, moved, one.event)
-        )
+        sync = self._within(len(blocks))
+        self.loads.append(Load(request.request_id, asked.name, sync, first, blocks, found, count, moved, one.event))
 
     def abandon(self, request: Any, block_ids: Sequence[int], count: int) -> None:
         """What was offered to this request will not come."""
@@ -247,7 +250,7 @@ class Scheduler:
         asked.tried = True
         local = max(0, asked.offered)
         blocks = tuple(block_ids[local // self.block : -(-(local + count) // self.block)])
-        sync = self.mode == "sync" or (self.mode == "auto" and len(blocks) * self.block_bytes <= SYNC_BYTES)
+        sync = self._within(len(blocks))
         load = Load(request.request_id, asked.name, sync, local // self.block, blocks, (), count, 0, "")
         self.loads = [one for one in self.loads if one.request != request.request_id]
         self.abandoned.append(load)
