@@ -20,11 +20,11 @@ import msgspec
 from kvcore.protocol.machine import CopyDone, Received, Send, StartCopy
 from kvcore.protocol.messages import Fetch, Push, Rid
 from kvcore.scenario.history import Line, read
+from kvcore.scenario.topology import LOCATIONS
 from kvreal.facts import PACKAGES, Machine, child_environment, line_of, machine
 
 TRY_TIMEOUT_S: Final = 20.0
 PROCESS_TIMEOUT_S: Final = 60.0
-KINDS: Final[Dict[str, str]] = {"cpu": "LocalCPUBackend", "disk": "LocalDiskBackend", "gpu": "LocalGPUBackend"}
 #: What real nodes cannot do without: module, distribution.
 NEEDS: Final[Dict[str, str]] = {"zmq": "pyzmq", "numpy": "numpy"}
 SERVICE: Final = ("fastapi", "uvicorn", "httpx")
@@ -157,20 +157,20 @@ def tried_here(name: str) -> Tried:
 
 def scenario(kinds: List[str]) -> str:
     """The scenario that tries them: each kind of location at ``a`` to each at ``b``, and to each other one at ``a``."""
-    places = ", ".join(f"{KINDS[kind]}: 4 MiB" for kind in kinds)
+    places = ", ".join(f"{LOCATIONS[kind]}: 4 MiB" for kind in kinds)
     lines = ["name: doctor", "kv: {bytes_per_token: 1 KiB, chunk: 16 tokens}", "instances:"]
     lines += [f"  {name}: {{locations: {{{places}}}}}" for name in "ab"]
     lines += ["steps:"]
     for source in kinds:
-        lines.append(f"  - store: {{at: a/{KINDS[source]}, prompt: p-{source}, tokens: 40}}")
+        lines.append(f"  - store: {{at: a/{LOCATIONS[source]}, prompt: p-{source}, tokens: 40}}")
     lines.append("  - settle")
     for source in kinds:
         for target in kinds:
-            to = f"to: b/{KINDS[target]}, prompt: p-{source}, copy: true"
-            lines.append(f"  - move: {{from: a/{KINDS[source]}, {to}, as: {source}-to-{target}}}")
+            to = f"to: b/{LOCATIONS[target]}, prompt: p-{source}, copy: true"
+            lines.append(f"  - move: {{from: a/{LOCATIONS[source]}, {to}, as: {source}-to-{target}}}")
             if target != source:
-                to = f"to: a/{KINDS[target]}, prompt: p-{source}, copy: true"
-                lines.append(f"  - move: {{from: a/{KINDS[source]}, {to}, as: {source}-to-{target}-inside}}")
+                to = f"to: a/{LOCATIONS[target]}, prompt: p-{source}, copy: true"
+                lines.append(f"  - move: {{from: a/{LOCATIONS[source]}, {to}, as: {source}-to-{target}-inside}}")
     return "\n".join([*lines, "  - settle", ""])
 
 
@@ -193,7 +193,7 @@ def carriers(lines: List[Line]) -> Dict[int, str]:
 
 def _kinds(here: Machine, tried: Tuple[Tried, ...]) -> Dict[str, str]:
     found: Dict[str, str] = {}
-    for kind in KINDS:
+    for kind in LOCATIONS:
         arrived = any(pair.startswith(f"{kind} to ") for one in tried for pair in one.pairs)
         why = next((why for one in tried for pair, why in one.failed.items() if pair.startswith(f"{kind} to ")), "")
         if kind == "gpu" and not arrived and not why:

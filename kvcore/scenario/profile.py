@@ -13,12 +13,11 @@ import msgspec
 from msgspec import field
 
 from kvcore.scenario.loader import load_data
-from kvcore.scenario.topology import kind_of
+from kvcore.scenario.topology import LOCATIONS, kind_of
 
 __all__ = ["AUTO", "CopyCost", "Made", "Profile", "ProfileError", "kind_of", "load_profile"]
 
 AUTO: Final = "auto"
-KINDS: Final = ("cpu", "disk", "gpu")
 
 
 class ProfileError(ValueError):
@@ -89,8 +88,8 @@ class CopyCost(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     def mistakes(self) -> Iterator[str]:
         where = f"copies: {self.transport} from {self.source} to {self.target}: "
         for name, kind in (("from", self.source), ("to", self.target)):
-            if kind not in KINDS:
-                yield f"{where}{name} is {kind}, expected one of {', '.join(KINDS)}"
+            if kind not in LOCATIONS:
+                yield f"{where}{name} is {kind}, expected one of {', '.join(LOCATIONS)}"
         for name in ("queue_ns", "first_ns", "copy_ns", "descriptor_ns"):
             if not 0 <= getattr(self, name) < 1 << 62:
                 yield f"{where}{name} is {getattr(self, name)}, expected nanoseconds, 0 or more"

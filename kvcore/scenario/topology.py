@@ -23,6 +23,10 @@ CONTROLLER: Final = "ctl"
 CLIENT: Final = "client"
 
 
+#: Kind of memory -> the name of an instance's location of that kind.
+LOCATIONS: Final[Dict[str, str]] = {"cpu": "LocalCPUBackend", "disk": "LocalDiskBackend", "gpu": "LocalGPUBackend"}
+
+
 def kind_of(location: str) -> str:
     """What a location's name says of its memory: cpu, disk or gpu."""
     name = location.lower()

@@ -19,8 +19,6 @@ from kvmove.play import Prepared, prepare
 if TYPE_CHECKING:
     from kvreal.pool import Pool
 
-SCENARIOS: Final = ("move", "prompt-4k", "copy-and-lookup", "shared-prefix", "tensor-parallel", "restart")
-"""All of scenarios/smoke."""
 SLOW_S: Final = 2.0
 SLOWLY: Final = 3
 """A scenario that takes longer is played no more often than that."""
@@ -57,6 +55,11 @@ class Accuracy(msgspec.Struct, frozen=True):
     left_out: tuple[str, ...] = ()
 
 
+def scenarios() -> dict[str, Prepared]:
+    """All of scenarios/smoke, by name."""
+    return {path.stem: prepare(str(path)) for path in sorted((scenarios_directory() / "smoke").glob("*.yaml"))}
+
+
 def check(profile: Profile, transport: str, repeats: int, step: Callable[[str], None]) -> Accuracy:
     """Play each ``repeats`` times for real, in turn, after once for nothing; and once in simulation.
 
@@ -65,9 +68,8 @@ def check(profile: Profile, transport: str, repeats: int, step: Callable[[str], 
     from kvsim.run import run as simulate
 
     took: dict[str, float] = {}
-    folder = scenarios_directory() / "smoke"
-    prepared = {name: prepare(str(folder / f"{name}.yaml")) for name in SCENARIOS}
-    real: dict[str, list[Result]] = {name: [] for name in SCENARIOS}
+    prepared = scenarios()
+    real: dict[str, list[Result]] = {name: [] for name in prepared}
     with Pool(transport) as pool:
         for number in range(repeats + 1):
             for name, one in prepared.items():

@@ -14,10 +14,10 @@ import msgspec
 from kvcore.scenario.build import Built, build
 from kvcore.scenario.generate import expand
 from kvcore.scenario.loader import loads
+from kvcore.scenario.topology import LOCATIONS
 
 KIB: Final = 1 << 10
 MIB: Final = 1 << 20
-LOCATION: Final = {"cpu": "LocalCPUBackend", "disk": "LocalDiskBackend", "gpu": "LocalGPUBackend"}
 #: Between two CPU memories; elsewhere every second one, up to LARGEST_ELSEWHERE.
 SIZES: Final = (32 * KIB, 256 * KIB, MIB, 4 * MIB, 32 * MIB, 128 * MIB, 512 * MIB)
 QUICK_SIZES: Final = (32 * KIB, MIB, 4 * MIB, 32 * MIB, 128 * MIB)
@@ -77,11 +77,11 @@ class Writer:
             "instances:",
         ]
         for instance, places in instances.items():
-            rooms = ", ".join(f"{LOCATION[kind]}: {room} B" for kind, room in places.items())
+            rooms = ", ".join(f"{LOCATIONS[kind]}: {room} B" for kind, room in places.items())
             self.head.append(f"  {instance}: {{ranks: {ranks}, locations: {{{rooms}}}}}")
 
     def store(self, instance: str, kind: str, prompt: str, nbytes: int) -> None:
-        at = f"{instance}/{LOCATION[kind]}"
+        at = f"{instance}/{LOCATIONS[kind]}"
         self.steps.append(f"store: {{at: {at}, prompt: {prompt}, tokens: {nbytes // self.token_bytes}}}")
 
     def open(self, number: int) -> None:
@@ -92,7 +92,7 @@ class Writer:
         self.settle()
 
     def use(self, instance: str, kind: str, prompt: str) -> None:
-        self.steps.append(f"use: {{at: {instance}/{LOCATION[kind]}, prompt: {prompt}}}")
+        self.steps.append(f"use: {{at: {instance}/{LOCATIONS[kind]}, prompt: {prompt}}}")
 
     def move(self, prompt: str, nbytes: int, source: tuple[str, str], target: tuple[str, str], group: int = 0) -> None:
         """Of one group: at once, and the next ``settle`` waits for all."""
@@ -102,7 +102,7 @@ class Writer:
         self.asks[name] = Ask(
             self.name, source[1], target[1], inside, nbytes // self.ranks, chunks, f"{source[0]}-{target[0]}", group
         )
-        places = [f"{instance}/{LOCATION[kind]}" for instance, kind in (source, target)]
+        places = [f"{instance}/{LOCATIONS[kind]}" for instance, kind in (source, target)]
         also = ", background: true" if group else ""
         self.steps.append(f"move: {{from: {places[0]}, to: {places[1]}, prompt: {prompt}, as: {name}{also}}}")
 
@@ -175,7 +175,7 @@ def kinds(pairs: Sequence[tuple[str, str, bool]], rounds: int) -> Part:
     """(source, target, inside) there and back again, in a few sizes."""
     places = {kind for source, target, _ in pairs for kind in (source, target)}
     room = len(ELSEWHERE) * LARGE_CHUNK * (len(pairs) + 2)
-    every = {kind: room for kind in LOCATION if kind in places}
+    every = {kind: room for kind in LOCATIONS if kind in places}
     writer = Writer("kinds", LARGE_CHUNK, 32 * KIB, {"a": every, "b": every})
     prompts = {pair: {size: f"p-{number}-{size}" for size in ELSEWHERE} for number, pair in enumerate(pairs)}
     writer.store("a", "cpu", OPENER, SIZES[0])

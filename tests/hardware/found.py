@@ -9,9 +9,10 @@ from typing import Final
 import msgspec
 import pytest
 
+from kvcore.scenario.topology import LOCATIONS
 from kvcore.scenario.units import Size, UnitError
 
-KINDS: Final = {"cpu": "LocalCPUBackend", "disk": "LocalDiskBackend", "gpu": "LocalGPUBackend"}
+KINDS: Final = LOCATIONS
 #: name -> (transport, environment of its processes): the same transport, made to take another way.
 WAYS: Final[dict[str, tuple[str, dict[str, str]]]] = {
     "nixl over tcp": ("nixl", {"UCX_TLS": "tcp"}),
