@@ -13,7 +13,6 @@ from typing import Any
 import msgspec
 import pytest
 
-from kvcore.protocol.messages import Namespace
 from kvreal.engines.vllm import api
 from kvreal.engines.vllm.link import Look, Prompt
 from kvreal.engines.vllm.scheduler import prompt_of
