@@ -22,9 +22,7 @@ class Fleet:
         from kvreal.borrow import Away, PeerError
         from kvreal.pool import LOOPBACK, Pool
 
-        self.stack: ExitStack = ExitStack()
         self.peers: list[tuple[Away, Borrowed]] = []
-        self.pool: Pool
         with ExitStack() as opened:
             for text in peers:
                 away = opened.enter_context(Away(text, secret))
@@ -39,8 +37,8 @@ class Fleet:
             at = bind or next(iter(mine), LOOPBACK)
             chosen = {there.transport for _, there in self.peers}
             transport = chosen.pop() if len(chosen) == 1 else transport
-            self.pool = opened.enter_context(Pool(transport, bind=at, secret=next(iter(shared), b"")))
-            self.stack = opened.pop_all()
+            self.pool: Pool = opened.enter_context(Pool(transport, bind=at, secret=next(iter(shared), b"")))
+            self.stack: ExitStack = opened.pop_all()
 
     def elsewhere(self, built: Built) -> dict[str, Lender]:
         """Instance -> where its ranks run, of those that do not run here."""

@@ -83,7 +83,7 @@ def divide(move: Move, last_ns: int) -> None:
     for index, (name, t) in enumerate(begun):
         until = begun[index + 1][1] if index + 1 < len(begun) else end_ns
         t, until = min(t, end_ns), min(max(until, t), end_ns)
-        whole.inside.append(Span(CONTROLLER, name, "phase", t, until, event=move.event, inside=[]))
+        whole.inside.append(Span(CONTROLLER, name, "phase", t, until, event=move.event))
 
 
 def told(action: Any) -> str:

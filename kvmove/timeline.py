@@ -112,7 +112,7 @@ class Timeline:
         within: Span | None = None,
         **args: Any,
     ) -> Span:
-        span = Span(node, name, kind, t, event=event, args=args, inside=[])
+        span = Span(node, name, kind, t, event=event, args=args)
         if within is not None:
             within.inside.append(span)
         else:
@@ -175,7 +175,6 @@ class Timeline:
         if isinstance(record, Begin) and isinstance(record.request, MoveRequest):
             move = self.moves[record.event] = Move(record.event, record.request, line.t)
             self.spans.append(move.whole)
-            move.whole.inside = []
         elif isinstance(record, (Decide, Outcome)):
             found = self.moves.get(record.event)
             if found is None:
@@ -289,7 +288,7 @@ class Timeline:
                     end_ns = operation.end_ns if operation.end_ns >= 0 else self.last_ns
                     args = {"state": operation.state, "tokens": operation.num_tokens, "event": operation.event_id}
                     name = f"{operation.what} {operation.op}"
-                    self.spans.append(Span(CLIENT, name, "step", operation.start_ns, end_ns, args=args, inside=[]))
+                    self.spans.append(Span(CLIENT, name, "step", operation.start_ns, end_ns, args=args))
         self.marks.sort(key=lambda mark: mark.t)
         return self
 
@@ -303,7 +302,7 @@ class Timeline:
         if span.begin_ns <= record.began_ns <= record.ended_ns <= span.end_ns:
             args = {"bytes": record.nbytes, "transport": record.transport}
             name = f"bytes over {record.transport or 'nothing'}"
-            span.inside.append(Span(record.node, name, "bytes", record.began_ns, record.ended_ns, args=args, inside=[]))
+            span.inside.append(Span(record.node, name, "bytes", record.began_ns, record.ended_ns, args=args))
 
 
 def timeline(

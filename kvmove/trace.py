@@ -192,7 +192,7 @@ def _separated(spans: Iterable[Span]) -> Iterator[Span]:
             else:
                 kept.append(one)
         span.inside = kept
-        for one in list(kept):
+        for one in kept:
             yield from (other for other in _separated([one]) if other is not one)
         yield span
 

@@ -243,7 +243,6 @@ class Peer:
         self.lock: threading.Lock = threading.Lock()
         self.loans: Dict[str, Loan] = {}
         self.strangers: int = 0
-        self.refused: int = 0
         try:
             self.listener: socket.socket = socket.create_server((host, port), backlog=64)
         except OSError as error:
@@ -282,7 +281,6 @@ class Peer:
                 first = _first(dialled.read())
                 sock.settimeout(None)
             except (OSError, ValueError, msgspec.MsgspecError) as error:
-                self.refused += 1
                 self.say(f"refused {who}: {error}")
                 return
             finally:

@@ -8,6 +8,7 @@ import shlex
 import statistics
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -242,10 +243,7 @@ def _short(file: str) -> str:
 
 def _outcome(played: Played, world: str) -> Outcome:
     result = played.results[world]
-    moves: dict[str, int] = {}
-    for operation in result.operations:
-        if operation.what == "move":
-            moves[operation.state] = moves.get(operation.state, 0) + 1
+    moves = Counter(operation.state for operation in result.operations if operation.what == "move")
     unexpected = played.unexpected(world)
     why = [*(one.text for one in unexpected), *result.hung, *played.failures[world]]
     differs = played.comparison is not None and not played.comparison.equal

@@ -87,7 +87,7 @@ class Writer:
     def open(self, number: int) -> None:
         """A small move before the others: the first between two processes takes longer, and is counted apart. A prompt
         for it must have been stored in ``a``'s CPU memory."""
-        here, there = ("a", "b") if number % 2 == 0 else ("b", "a")
+        here, there = turn(number)
         self.move(OPENER, SIZES[0], (here, "cpu"), (there, "cpu"))
         self.settle()
 
@@ -115,6 +115,11 @@ class Writer:
     def part(self) -> Part:
         text = "\n".join([*self.head, "steps:", *(f"  - {step}" for step in self.steps), ""])
         return Part(self.name, build(expand(loads(text, self.name))), self.asks)
+
+
+def turn(number: int) -> tuple[str, str]:
+    """From where to where the moves of a round go: there and back."""
+    return ("a", "b") if number % 2 == 0 else ("b", "a")
 
 
 def sizes(largest: int, quick: bool, rounds: int) -> Part:
@@ -163,7 +168,7 @@ def chunks(rounds: int) -> Part:
         writer.store("a", "cpu", f"p{count}", count * SMALL_CHUNK)
     writer.settle()
     for number in range(rounds):
-        here, there = ("a", "b") if number % 2 == 0 else ("b", "a")
+        here, there = turn(number)
         writer.open(number)
         for count in CHUNKS if number % 2 == 0 else CHUNKS[::-1]:
             writer.move(f"p{count}", count * SMALL_CHUNK, (here, "cpu"), (there, "cpu"))
@@ -220,7 +225,7 @@ def ranks(count: int, rounds: int) -> Part:
     writer.store("a", "cpu", "p", 32 * count * KIB)
     writer.settle()
     for number in range(rounds):
-        here, there = ("a", "b") if number % 2 == 0 else ("b", "a")
+        here, there = turn(number)
         writer.move("p", 32 * count * KIB, (here, "cpu"), (there, "cpu"))
         writer.settle()
     return writer.part()
@@ -232,7 +237,7 @@ def long(rounds: int) -> Part:
     writer.store("a", "cpu", "p", 4 * LARGE_CHUNK)
     writer.settle()
     for number in range(rounds):
-        here, there = ("a", "b") if number % 2 == 0 else ("b", "a")
+        here, there = turn(number)
         writer.move("p", 4 * LARGE_CHUNK, (here, "cpu"), (there, "cpu"))
         writer.settle()
     return writer.part()

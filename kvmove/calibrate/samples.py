@@ -124,8 +124,7 @@ def _gaps(lines: list[Line]) -> list[float]:
     """Between two messages that the controller took in while more were waiting."""
     times = [line.t for line in lines if line.node == "ctl" and isinstance(line.input, Received)]
     gaps = [float(later - earlier) for earlier, later in zip(times, times[1:], strict=False)]
-    short = sorted(gaps)[: max(1, len(gaps) * 3 // 4)]
-    return short if gaps else []
+    return sorted(gaps)[: max(1, len(gaps) * 3 // 4)]
 
 
 def _tasks(part: Part, lines: list[Line], fills: dict[int, list[float]], reads: dict[int, list[float]]) -> None:

@@ -19,10 +19,9 @@ def faults(outcomes: Sequence[Outcome]) -> Section | None:
     kinds: dict[tuple[str, str], list[int]] = {}
     for one in outcomes:
         for fault, count in one.fired.items():
-            kind = fault.partition(" at ")[0]
-            kinds.setdefault((kind, WORLD.get(one.world, one.world)), [0, 0])
-            kinds[kind, WORLD.get(one.world, one.world)][0] += 1
-            kinds[kind, WORLD.get(one.world, one.world)][1] += count
+            row = kinds.setdefault((fault.partition(" at ")[0], WORLD.get(one.world, one.world)), [0, 0])
+            row[0] += 1
+            row[1] += count
     rows = tuple((kind, world, str(runs), str(count)) for (kind, world), (runs, count) in sorted(kinds.items()))
     listed = tuple(
         (one.file, WORLD.get(one.world, one.world), _ends(one.moves), "✓ survived" if one.good else f"✗ {one.why}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import xml.etree.ElementTree as ElementTree
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -151,24 +152,25 @@ def runs(path: Path) -> list[Outcome]:
     for one in bodies:
         if not isinstance(one, dict) or "worlds" not in one or "scenario" not in one:
             continue
+        held = one.get("comparison", {})
+        differs = [*held.get("outcome", {}).get("differs", []), *held.get("replay", {}).get("differs", [])]
         for world, played in one["worlds"].items():
-            moves: dict[str, int] = {}
-            for operation in played.get("operations", []):
-                if operation.get("what") == "move":
-                    moves[operation["state"]] = moves.get(operation["state"], 0) + 1
-            violations = len(played.get("violations", []))
-            bad = [*played.get("hung", []), *played.get("expectations_failed", [])]
+            operations = played.get("operations", [])
+            moves = Counter(operation["state"] for operation in operations if operation.get("what") == "move")
+            violations = [violation["text"] for violation in played.get("violations", [])]
+            bad = [*played.get("hung", []), *played.get("expectations_failed", []), *violations, *differs]
+            good = bool(one.get("good"))
             found.append(
                 Outcome(
                     file="/".join(Path(one.get("file", "")).parts[-2:]),
                     name=one["scenario"],
                     world=world,
-                    good=bool(one.get("good")),
+                    good=good,
                     wall_s=float(played.get("metrics", {}).get("wall_s", 0.0)),
                     fired=played.get("fired", {}),
-                    violations=violations,
+                    violations=len(violations),
                     moves=moves,
-                    why=bad[0] if bad else "",
+                    why="" if good else next(iter(bad), "its run in the other world went wrong"),
                 )
             )
     return found

@@ -15,7 +15,7 @@ pytest.importorskip("jinja2")
 
 from kvmove.bench.result import MOVE, Bench, Cell, Figure, Goal, Outcome, Phases, Series, Timing, write_json
 from kvmove.cli import call
-from kvmove.reports import diff, numbers
+from kvmove.reports import diff, numbers, sources
 
 ROUTE = ("a/LocalCPUBackend", "b/LocalCPUBackend")
 MIB = 1 << 20
@@ -237,6 +237,23 @@ def test_runs_and_json_of_the_suite_join_in(tmp_path: Path) -> None:
     assert "3 runs with faults" in twin
     assert "| a b | 1 | 0 | 0 |" in twin and "| socket | cpu | disk | 1.25 | unix |" in twin
     assert "    pytest tests/hardware\n" in twin
+
+
+@pytest.mark.parametrize(
+    ("found", "why"),
+    [
+        ({"violations": [{"text": "byte 7 is wrong"}]}, "byte 7 is wrong"),
+        ({"hung": ["a/0 waits"]}, "a/0 waits"),
+        ({"expectations_failed": ["m: state done"]}, "m: state done"),
+        ({}, "b holds 3 tokens more"),
+    ],
+)
+def test_what_went_wrong_in_a_run_is_said(tmp_path: Path, found: dict[str, list[object]], why: str) -> None:
+    run = {"scenario": "s", "good": False, "worlds": {"real": found}}
+    run["comparison"] = {"outcome": {"differs": []}, "replay": {"differs": ["b holds 3 tokens more"]}}
+    (tmp_path / "run.json").write_text(json.dumps(run))
+    (one,) = sources.runs(tmp_path / "run.json")
+    assert (one.good, one.why) == (False, why)
 
 
 def test_the_same_report_is_the_same_bytes(tmp_path: Path) -> None:
