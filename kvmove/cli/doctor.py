@@ -12,7 +12,7 @@ from kvmove.errors import FAILED
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from kvreal.doctor import Report
+    from kvreal.doctor import Report, Tried
 
 
 def doctor(
@@ -60,7 +60,7 @@ def _show(screen: Console, report: Report) -> None:
     table = output.grid("", "", "", "")
     table.show_header = False
     for one in report.transports:
-        for number, (text, detail) in enumerate(_tried(report, one.transport)):
+        for number, (text, detail) in enumerate(_tried(one)):
             first = ("", "") if number else (f"transport {one.transport}", _verdict(one.works))
             table.add_row(*first, escape(text), escape(detail))
     if report.auto:
@@ -104,9 +104,8 @@ def _facts(report: Report) -> list[tuple[str, str]]:
     return rows + [("note", text) for text in here.notes]
 
 
-def _tried(report: Report, transport: str) -> list[tuple[str, str]]:
+def _tried(one: Tried) -> list[tuple[str, str]]:
     """(pairs, what carried them) of one transport, pairs that went alike together; then what failed."""
-    one = next(one for one in report.transports if one.transport == transport)
     alike: dict[str, list[str]] = {}
     for pair, carrier in one.pairs.items():
         alike.setdefault(carrier or "said nothing", []).append(pair)
