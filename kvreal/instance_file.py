@@ -151,6 +151,11 @@ class InstanceFile(msgspec.Struct, frozen=True):
     def ranks(self) -> int:
         return self.namespace.ranks
 
+    @property
+    def searched(self) -> List[str]:
+        """Locations in the order in which a prompt is looked for: where the engine stores comes first."""
+        return [self.store_at, *[name for name, _ in self.locations if name != self.store_at]]
+
     def spec(self, rank: int, address: str, controller: str) -> WorkerSpec:
         """What the rank's machine is made from."""
         places = tuple([Location(name, slots) for name, slots in self.locations])

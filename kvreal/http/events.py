@@ -274,9 +274,9 @@ class EventLog:
             yield number
 
     # ---- asking
-    def get(self, number: int) -> Optional[EventView]:
+    def get(self, number: int, full: bool = True) -> Optional[EventView]:
         record = self.records.get(number)
-        return None if record is None else self.view(record, True)
+        return None if record is None else self.view(record, full)
 
     def whole(self, number: int) -> Optional[bytes]:
         """An ended event's view, as JSON; None if it is not known or has not ended."""

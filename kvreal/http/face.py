@@ -233,8 +233,8 @@ class Face:
         known = [view.event_id for view in self.log.newest(NAMED)]
         return refusal("unknown_event", f"no event {name[:80]!r} is known, or it has been forgotten", known=known)
 
-    def event(self, name: str) -> Reply:
-        views = [self.log.get(number) for number in self._numbers(name)]
+    def event(self, name: str, full: bool = True) -> Reply:
+        views = [self.log.get(number, full) for number in self._numbers(name)]
         if not views or None in views:
             return self._unknown(name)
         return Reply(200, views[0] if len(views) == 1 else together(name, [view for view in views if view is not None]))
@@ -252,7 +252,7 @@ class Face:
 
     async def cancel(self, name: str) -> Reply:
         numbers = self._numbers(name)
-        if not numbers or any(self.log.get(number) is None for number in numbers):
+        if not numbers or any(number not in self.log.records for number in numbers):
             return self._unknown(name)
         if len(numbers) == 1 and self.log.records[numbers[0]].kind == "pin":
             return await self.unpin(b.EventBody(event_id=name))
@@ -262,7 +262,7 @@ class Face:
         return max(replies, key=lambda reply: reply.status)
 
     async def check_finish(self, body: b.EventBody) -> Reply:
-        reply = self.event(body.event_id)
+        reply = self.event(body.event_id, full=False)
         view = reply.body
         if not isinstance(view, b.EventView):
             return reply

@@ -4,7 +4,6 @@ whole is answered at once, without a task and a chain of calls for each. All els
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import types
 from typing import Any, Awaitable, Dict, Final, Generator, List, Optional, Tuple
@@ -95,8 +94,6 @@ def protocol(quick: Quick) -> Any:
         async def _later(self, cycle: Any, rest: Awaitable[Optional[Reply]]) -> None:
             try:
                 reply = await rest
-            except asyncio.CancelledError:
-                raise
             except Exception:
                 log.exception("a request could not be answered: %s", cycle.scope["path"])
                 await cycle.send_500_response()

@@ -60,9 +60,6 @@ class Serving:
             tokenizer.words if isinstance(tokenizer, General) else tokenizer.encode(_WORDS, add_special_tokens=False)
         )
         self.numbers: Iterator[int] = itertools.count(1)
-        self.locations: List[str] = [
-            file.store_at, *[name for name, _ in file.locations if name != file.store_at]
-        ]  # fmt: skip
 
     async def serve(self, ids: Sequence[int], salt: str = "") -> Served:
         """Load the longest prefix that every rank holds, then store all of the prompt. RankGone."""
@@ -73,7 +70,7 @@ class Serving:
             return Served(0, 0)
         held = 0
         wrong = False
-        for location in self.locations:
+        for location in self.file.searched:
             answers = await self._all(UseRequest("use", location, keys, lens))
             wrong = wrong or any(answer.reason == "wrong_bytes" for answer in answers)
             held = max(held, min(answer.num_tokens if answer.state == "ok" else 0 for answer in answers))

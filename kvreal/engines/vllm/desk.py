@@ -128,7 +128,7 @@ class Desk:
         self.space: Namespace = file.namespace
         self.store_at: str = file.store_at
         self.save_unfull: bool = file.save_unfull_chunk
-        self.locations: List[str] = [file.store_at, *[name for name, _ in file.locations if name != file.store_at]]
+        self.locations: List[str] = file.searched
         self.engine: Elsewhere = local.service.worker.engine
         self.holds: Dict[str, Hold] = {}
         self.fills: Dict[str, Tuple[m.StartFill, asyncio.Future[Answer], object]] = {}

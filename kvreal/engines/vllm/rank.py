@@ -40,6 +40,7 @@ from kvreal.engines.vllm.link import (
     Watch,
     pack,
 )
+from kvreal.engines.vllm.worker import on_all_cores
 from kvreal.host import die_with_parent
 from kvreal.instance_file import InstanceFile, read
 from kvreal.logs import configure
@@ -232,7 +233,7 @@ def main(argv: Sequence[str]) -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # the worker ends this process by hanging up
     worker = socket.socket(fileno=os.dup(0))
-    _free_of_the_workers_cores()
+    on_all_cores()  # a process that the worker starts inherits its own
     _, sink = proof.redirect_stdout()
     configure()
     try:
@@ -242,12 +243,6 @@ def main(argv: Sequence[str]) -> int:
             worker.setblocking(True)
             worker.sendall(pack(Failed(f"rank {args.rank}: {' '.join(str(error).split())}")))
         return FAILED
-
-
-def _free_of_the_workers_cores() -> None:
-    """vLLM binds a CPU worker to cores of its own; a process that it starts inherits that."""
-    with contextlib.suppress(OSError):
-        os.sched_setaffinity(0, range(os.cpu_count() or 1))
 
 
 if __name__ == "__main__":

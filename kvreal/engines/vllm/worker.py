@@ -321,8 +321,6 @@ class Worker:
 
 
 def on_all_cores() -> None:
-    """This thread, where the main one is bound to cores that it computes on."""
+    """This thread, where vLLM has bound a CPU worker to cores that it computes on."""
     with contextlib.suppress(OSError):
         os.sched_setaffinity(0, range(os.cpu_count() or 1))
-
-
