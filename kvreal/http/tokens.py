@@ -15,6 +15,7 @@ SHORT: Final = 2_048
 """Bodies of fewer bytes are decoded sooner than looked at."""
 
 COMMA: Final = ord(",")
+PLAIN: Final = b"0123456789, \t\r\n"
 
 Decode = Callable[[bytes], Any]
 
@@ -56,9 +57,11 @@ def packed(text: bytes) -> Optional[Packed]:
     """Of an array in JSON. None if it is not one of whole numbers below 2**32, or is not written plainly."""
     if not text.startswith(b"[") or not text[1:16].lstrip()[:1].isdigit():  # of blanks NumPy makes a 0
         return None
+    if text.translate(None, PLAIN) != b"[]":  # older NumPys stop at the first that is no whole number, and say nothing
+        return None
     try:
         ids = np.fromstring(text[1:-1], dtype=np.int64, sep=",")
-    except (ValueError, DeprecationWarning):
+    except ValueError:
         return None
     commas = np.count_nonzero(np.frombuffer(text, np.uint8) == COMMA)
     if len(ids) != commas + 1 or ids.view(np.uint64).max() > 0xFFFFFFFF:  # a negative one is a large one there
