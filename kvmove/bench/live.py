@@ -20,7 +20,7 @@ from kvmove.bench.matrix import Contention, Peer, Services
 from kvmove.bench.result import MOVE, Cell, Figure, Phases, Series
 from kvmove.errors import UserError
 from kvreal.facts import child_environment, cpu_s
-from kvreal.reference.peer import CHUNK_TOKENS, CPU, VERSION, Http, PeerError, Reference, free_port, move_body
+from kvreal.reference.peer import CHUNK_TOKENS, CPU, VERSION, Http, PeerError, Reference, free_port, holds, move_body
 
 START_S: Final = 60.0
 LIFE_MOVES: Final = 3
@@ -118,16 +118,12 @@ class Cluster:
         whole = [one for one in answer.get("instances", []) if one.get("whole")]
         return status == 200 and len(whole) == 2
 
-    def holds(self, name: str, tokens: list[int]) -> bool:
-        _, answer = self.https["controller"].ask("POST", "/lookup", json.dumps({"tokens": tokens}).encode())
-        return bool(answer.get("layout_info", {}).get(name, ["", 0])[1] == len(tokens))
-
     def store(self, name: str, tokens: list[int]) -> None:
         body = json.dumps({"prompt": tokens, "max_tokens": 1}).encode()
         status, answer = self.https[name].ask("POST", "/v1/completions", body)
         if status != 200:
             raise UserError(f"bench: instance {name} answered {status} to a prompt: {json.dumps(answer)[:200]}")
-        self.until(lambda: self.holds(name, tokens), f"{len(tokens):,} tokens are seen at {name}")
+        self.until(lambda: holds(self.https["controller"], name, tokens), f"{len(tokens):,} tokens are seen at {name}")
 
     def start_move(self, src: str, dst: str, tokens: list[int]) -> str:
         """The event's id; it goes on."""

@@ -129,6 +129,13 @@ def move_body(src: str, dst: str, tokens: Sequence[int]) -> bytes:
     return json.dumps({"old_position": [src, CPU], "new_position": [dst, CPU], "tokens": list(tokens)}).encode()
 
 
+def holds(controller: Http, name: str, tokens: Sequence[int]) -> bool:
+    """Whether a controller, ours or the reference's, says that ``name`` has all of them."""
+    status, answer = controller.ask("POST", "/lookup", json.dumps({"tokens": list(tokens)}).encode())
+    info = answer.get("layout_info", {}) if status == 200 else {}
+    return bool(info.get(name, ["", 0])[1] == len(tokens))
+
+
 class Reference:
     """Its controller as a process, with its defaults; engines as asked for. Ends with its with block."""
 
@@ -188,16 +195,10 @@ class Reference:
             script.close()
         self.scripts = {}
 
-    def holds(self, name: str, tokens: Sequence[int]) -> bool:
-        """Whether its controller says that ``name`` has all of them."""
-        status, answer = self.http.ask("POST", "/lookup", json.dumps({"tokens": list(tokens)}).encode())
-        info = answer.get("layout_info", {}) if status == 200 else {}
-        return bool(info.get(name, ["", 0])[1] == len(tokens))
-
     def seen(self, name: str, tokens: Sequence[int]) -> None:
         """Return once its controller knows. PeerError if it never does."""
         until = time.monotonic() + SEEN_S
-        while not self.holds(name, tokens):
+        while not holds(self.http, name, tokens):
             if time.monotonic() > until:
                 raise PeerError(f"the reference's controller does not see {len(tokens):,} tokens at {name}")
             time.sleep(0.01)
