@@ -278,9 +278,8 @@ def _contention(
 def beside(services: Services, peer: Peer, repeats: int, warmup: int, python: Path | None) -> Cell:
     """The same move by us and by the reference, blocks in turns; without ``python`` ours alone. UserError if ours, or
     the reference, does not do it."""
-    nbytes = peer.size.bytes if peer.size is not None else peer.tokens.number * peer.token.bytes  # type: ignore[union-attr]
-    # A chunk of 8 MiB for a large size: 256 tokens, which is what the reference's controller knows.
-    token_bytes = 32 << 10 if peer.size is not None else peer.token.bytes
+    token_bytes = peer.token_bytes
+    nbytes = peer.size.bytes if peer.size is not None else peer.tokens.number * token_bytes  # type: ignore[union-attr]
     count = nbytes // token_bytes
     tokens = prompt(1000, count)
     chunk_bytes = token_bytes * CHUNK_TOKENS

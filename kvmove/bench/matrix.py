@@ -52,12 +52,17 @@ class Contention(Part, frozen=True, kw_only=True):
 
 
 class Peer(Part, frozen=True, kw_only=True):
-    """The same move by us and by the reference, in turns. Chunks have 256 tokens, the reference's own."""
+    """The same move by us and by the reference, in turns. Chunks have 256 tokens, the reference's own. ``token``: of
+    ``tokens``; a ``size`` goes in tokens of 32 KiB, and so in chunks of 8 MiB."""
 
     name: str
     size: Size | None = None
     tokens: Tokens | None = None
     token: Size = Size(128 << 10)
+
+    @property
+    def token_bytes(self) -> int:
+        return 32 << 10 if self.size is not None else self.token.bytes
 
 
 class Services(Part, frozen=True, kw_only=True):
@@ -248,8 +253,9 @@ def _of_services(service: Services, where: Where, machine: Machine) -> Iterator[
     for at, peer in enumerate(service.reference):
         if (peer.size is None) == (peer.tokens is None):
             yield Mistake((*where, "reference", at), "expected one of size and tokens")
-        elif peer.size is not None and peer.size.bytes % peer.token.bytes:
-            yield Mistake((*where, "reference", at, "size"), f"{peer.size} is no whole number of tokens")
+        elif peer.size is not None and peer.size.bytes % peer.token_bytes:
+            of = size_text(peer.token_bytes)
+            yield Mistake((*where, "reference", at, "size"), f"{peer.size} is no whole number of tokens of {of}")
     sizes: list[tuple[Where, Size | None]] = [(("memory",), service.memory)]
     sizes += [(("contention", "large"), service.contention.large)] if service.contention is not None else []
     sizes += [(("reference", at, "size"), one.size) for at, one in enumerate(service.reference)]

@@ -175,6 +175,10 @@ BAD = [
     ),
     ("name: x\nservices: [{name: s, memory: 9 GiB}]", "services[0].memory: 9 GiB: both ends take 18 GiB"),
     ("name: x\nservices: [{name: s, reference: [{name: r}]}]", "expected one of size and tokens"),
+    (
+        "name: x\nservices: [{name: s, reference: [{name: r, size: 132 KiB, token: 4 KiB}]}]",
+        "services[0].reference[0].size: 132 KiB is no whole number of tokens of 32 KiB",
+    ),
     ("name: x\nscenarios: {real: [faults/none-*.yaml]}", "no scenario file is called faults/none-*.yaml"),
     ("name: x\ncells: [{name: c, tokens: [1]}]\nservices: [{name: c}]", "'c' is the name of another part too"),
     ("name: x\ngoals: [{say: g, figure: f}]", "expected one of least and most"),
