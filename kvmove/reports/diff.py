@@ -10,7 +10,7 @@ from kvmove.reports.words import Section, Table, plain, times
 
 SAME: Final = 0.05
 """Medians that are closer than this are called alike."""
-MACHINE: Final = ("CPU", "cores", "memory", "GPUs", "system")
+MACHINE: Final = ("CPU", "cores", "GPUs", "system")
 
 
 def sections(a: Bench, b: Bench) -> list[Section]:
@@ -32,7 +32,7 @@ def sections(a: Bench, b: Bench) -> list[Section]:
     said = [f"{compared} cells are in both: {len(faster)} faster, {len(slower)} slower, {alike} alike."]
     said += [f"Faster: {', '.join(faster)}."] if faster else []
     said += [f"Slower: {', '.join(slower)}."] if slower else []
-    differ = [key for key in MACHINE if key != "memory" and a.machine.get(key) != b.machine.get(key)]
+    differ = [key for key in MACHINE if a.machine.get(key) != b.machine.get(key)]
     if differ:
         said.append(f"They ran on different machines ({', '.join(differ)}): what differs may be theirs.")
     head = ("cell", "series", "before", "after", "time", "")

@@ -23,7 +23,6 @@ class Case(msgspec.Struct, frozen=True):
     name: str
     outcome: str
     why: str = ""
-    seconds: float = 0.0
 
 
 class Suite(msgspec.Struct, frozen=True):
@@ -115,16 +114,16 @@ def junit(path: Path) -> Suite:
         for kind, word in (("failure", "failed"), ("error", "failed"), ("skipped", "skipped")):
             for node in case.findall(kind):
                 outcome, why = word, (node.get("message") or "").splitlines()[0] if node.get("message") else ""
-        cases.append(_case(case.get("name", ""), outcome, why, float(case.get("time", "0") or 0)))
+        cases.append(_case(case.get("name", ""), outcome, why))
     if not cases:
         raise UserError(f"{path}: a JUnit file without a test")
     return Suite(path.name, tuple(cases))
 
 
-def _case(name: str, outcome: str, why: str, seconds: float) -> Case:
+def _case(name: str, outcome: str, why: str) -> Case:
     """``test_between_tiers[cpu to disk]`` is of the group ``between tiers``."""
     group = name.partition("[")[0].removeprefix("test_").replace("_", " ")
-    return Case(group, name, outcome, why, seconds)
+    return Case(group, name, outcome, why)
 
 
 def suite(path: Path) -> Suite | None:
@@ -136,7 +135,7 @@ def suite(path: Path) -> Suite | None:
     if not isinstance(body, dict) or body.get("what") != "kvmove hardware suite":
         return None
     tests = body.get("tests", [])
-    cases = [_case(one["test"].partition("::")[2], one["outcome"], one["why"], one["seconds"]) for one in tests]
+    cases = [_case(one["test"].partition("::")[2], one["outcome"], one["why"]) for one in tests]
     measured = [row for one in tests for row in one.get("measured", [])]
     return Suite(path.name, tuple(cases), shlex.join(body.get("command", [])), tuple(measured))
 

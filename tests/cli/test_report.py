@@ -316,6 +316,14 @@ def test_a_diff_is_a_page(tmp_path: Path) -> None:
     assert "▲ slower" in (target / "README.md").read_text()
 
 
+def test_a_diff_of_two_machines_says_so() -> None:
+    def said(**machine: str) -> str:
+        return " ".join(diff.sections(BENCH, msgspec.structs.replace(BENCH, machine=BENCH.machine | machine))[0].text)
+
+    assert "They ran on different machines (CPU, cores)" in said(CPU="B", cores="4")
+    assert "different machines" not in said(memory="7 GiB")
+
+
 # ---- bad input ------------------------------------------------------------------------------------------------------
 def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
     assert call(["report", *argv]) == 2
