@@ -10,7 +10,8 @@ from typing import Any, Dict, List, Optional, Tuple, final
 
 from kvcore.protocol.machine import Effect, Input, Received, Send
 from kvcore.protocol.messages import Delta, Message, Snap
-from kvcore.scenario.profile import AUTO, CopyCost, Profile, ProfileError, kind_of, load_profile
+from kvcore.scenario.profile import AUTO, CopyCost, Profile, ProfileError, load_profile
+from kvcore.scenario.topology import kind_of
 from kvsim.fabric import Fabric
 from kvsim.maxmin import Link
 

@@ -7,15 +7,15 @@ each.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Final, Iterator, List, Optional, Tuple
+from typing import Final, Iterator, Optional, Tuple
 
 import msgspec
 from msgspec import field
 
 from kvcore.scenario.loader import load_data
-from kvcore.scenario.topology import LOCATIONS, kind_of
+from kvcore.scenario.topology import LOCATIONS
 
-__all__ = ["AUTO", "CopyCost", "Made", "Profile", "ProfileError", "kind_of", "load_profile"]
+__all__ = ["AUTO", "CopyCost", "Made", "Profile", "ProfileError", "load_profile"]
 
 AUTO: Final = "auto"
 
@@ -159,10 +159,6 @@ class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     def detailed(self) -> bool:
         """Do messages cost more than their number?"""
         return bool(self.key_ns or self.index_ns or self.wake_ns)
-
-    def transports(self) -> List[str]:
-        """Those that were measured, the fastest first."""
-        return list(dict.fromkeys(cost.transport for cost in self.copies))
 
     def cost(self, transport: str, source: str, target: str, inside: bool = False) -> Optional[CopyCost]:
         """The entry for such copies; ``auto``: the first that there is, and so for a transport that does nothing of its

@@ -8,7 +8,8 @@ from kvcore.protocol.chunks import namespace_mismatch
 from kvcore.protocol.controller import Controller
 from kvcore.protocol.messages import Key, Position
 from kvcore.protocol.registry import Place, Registry
-from kvcore.scenario.profile import AUTO, CopyCost, Profile, kind_of
+from kvcore.scenario.profile import AUTO, CopyCost, Profile
+from kvcore.scenario.topology import kind_of
 from kvreal.http.models import DryRunReply
 from kvreal.http.status import Reply, refusal
 

@@ -177,7 +177,7 @@ def test_it_measures_this_machine_and_writes_what_the_simulator_reads(
     said, _ = capsys.readouterr()
     assert f"wrote {path}" in said and "median error" in said and "\x1b" not in said
     profile = load_profile(path)
-    assert profile.name == "this" and profile.transports()[0] == "socket"
+    assert profile.name == "this" and profile.copies[0].transport == "socket"
     assert profile.made is not None and not list(foreign([str(path)]))
     cost = profile.cost("socket", "cpu", "cpu")
     assert cost is not None and [size for size, _ in cost.rates][0] == 32 * plan.KIB
