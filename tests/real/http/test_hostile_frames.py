@@ -227,6 +227,27 @@ def test_two_nodes_behind_an_address_are_told_apart_and_a_flood_of_names_is_boun
     assert len(caplog.records) == CLAIMS
 
 
+def test_who_has_been_heard_before_still_may_not_say_what_only_faces_say() -> None:
+    node = Endpoints("127.0.0.1:0")
+    peer = Endpoints("127.0.0.1:0")
+    try:
+        found: list[Any] = []
+        good = msg.Alive(1, 2, 3)
+        for asked in (msg.StatusRequest("op", 1), msg.Answer("op", "done", 1, 1)):
+            refused = node.counters["frames_refused"]
+            peer.send(node.address, good)
+            eventually(lambda: found.extend(node.receive()[0]) or found)
+            peer.send(node.address, asked)  # type: ignore[arg-type]
+            peer.send(node.address, good)
+            eventually(lambda: found.extend(node.receive()[0]) or len(found) >= 2)
+            assert found == [(peer.address, good)] * 2
+            assert node.counters["frames_refused"] == refused + 1
+            found.clear()
+    finally:
+        node.close()
+        peer.close()
+
+
 def test_oversized_frames_end_their_connection_only(inside: Inside, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kvreal.endpoints.MAX_FRAME_BYTES", 100_000)
     node = Endpoints("127.0.0.1:0")

@@ -55,7 +55,9 @@ def told(posts_at_once: bool, story: Story) -> None:
             await quick.say(Reply(404, {"slow": scope["path"]}), send)
 
     async def whole() -> None:
-        config = uvicorn.Config(app, log_config=None, lifespan="off", ws="none", http=protocol(quick))
+        config = uvicorn.Config(
+            app, log_config=None, lifespan="off", ws="none", http=protocol(quick), timeout_keep_alive=60
+        )  # longer than a story: whoever waits for a connection's end does not get it from this
         server = uvicorn.Server(config)
         with socket.create_server(("127.0.0.1", 0)) as sock:
             serving = asyncio.ensure_future(server._serve(sockets=[sock]))
@@ -90,6 +92,9 @@ def test_whole_in_pieces_large_and_one_after_the_other(at_once: bool) -> None:
             await writer.drain()
         assert (await answer(reader))[::2] == (200, {"bytes": 100})
         writer.write(post("/echo", b"z" * 500_000))
+        assert (await answer(reader))[::2] == (200, {"bytes": 500_000})
+        head = b"POST /echo HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n"
+        writer.write(head + b"%x\r\n%s\r\n" % (50_000, b"c" * 50_000) * 10 + b"0\r\n\r\n")
         assert (await answer(reader))[::2] == (200, {"bytes": 500_000})
         writer.write(post("/late") + post("/echo", b"abc") + post("/nowhere") + post("/late"))
         assert [(await answer(reader))[::2] for _ in range(4)] == [
