@@ -21,6 +21,7 @@ from zmq.utils.monitor import parse_monitor_message
 log = logging.getLogger("kvmove.network")
 
 MAX_TOLD: Final = 1_000
+UNKNOWN: Final = "unknown"
 BACKLOG: Final = 100_000
 EVENTS: Final = (
     zmq.EVENT_ACCEPTED | zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_FAILED_AUTH
@@ -100,7 +101,7 @@ class Watch(threading.Thread):
         elif event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
             self.connections["established"] += 1
         elif event == zmq.EVENT_DISCONNECTED:
-            address = self.addresses.pop(value, "unknown")
+            address = self.addresses.pop(value, UNKNOWN)
             why, self.failed = self.failed, ""
             if not why:
                 self.connections["ended"] += 1
@@ -121,6 +122,8 @@ class Watch(threading.Thread):
         key = (address.rpartition(":")[0] or address, why)
         if not words or (key not in self.told and len(self.told) >= MAX_TOLD):
             return
+        if address == UNKNOWN and any(reason == why for _, reason in self.told):
+            return  # it may well be one that was told of
         count = self.told[key] = self.told.get(key, 0) + 1
         if count == 1:
             log.warning("refused %s: %s", address, words)
@@ -134,4 +137,4 @@ def peer_of(descriptor: int) -> str:
         with socket.socket(fileno=os.dup(descriptor)) as sock:
             host, port = sock.getpeername()[:2]
             return f"{host}:{port}"
-    return "unknown"
+    return UNKNOWN
