@@ -188,7 +188,7 @@ class Player:
 
 
 def _provides() -> tuple[str, ...]:
-    from kvreal.memory import provides
+    from kvreal.slab import provides
 
     return provides()
 

@@ -196,7 +196,7 @@ def _shape(what: Mapping[str, Any]) -> Shape:
 
 
 def _memcpy(nbytes: int) -> None:
-    from kvreal.memory import Slab
+    from kvreal.slab import Slab
 
     source, target = Slab("cpu", nbytes), Slab("cpu", nbytes)
     for slab in (source, target):
@@ -214,7 +214,7 @@ def _memcpy(nbytes: int) -> None:
 def _nixl(nbytes: int) -> None:
     import numpy as np
 
-    from kvreal.memory import Slab
+    from kvreal.slab import Slab
     from kvreal.transfer.nixl import load_nixl
 
     api = load_nixl()
@@ -277,7 +277,7 @@ def _together(work: Any, parts: Sequence[Tuple[socket.socket, Tuple[int, int]]])
 
 
 def _buffer(nbytes: int) -> memoryview:
-    from kvreal.memory import Slab
+    from kvreal.slab import Slab
 
     slab = Slab("cpu", nbytes)
     slab.touch(0, slab.nbytes)

@@ -24,7 +24,8 @@ from typing import Any, Final, Iterable, List, Literal, NamedTuple, Sequence, Tu
 
 import xxhash
 
-from kvreal.memory import Bytes, Memory, Slab
+from kvreal.memory import Memory
+from kvreal.slab import Bytes, Slab
 
 Mode = Literal["off", "sample", "all"]
 MODES: Final[Tuple[str, ...]] = get_args(Mode)

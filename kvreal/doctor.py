@@ -130,8 +130,8 @@ def tried_here(name: str) -> Tried:
         from kvcore.scenario.build import build
         from kvcore.scenario.generate import expand
         from kvcore.scenario.loader import loads
-        from kvreal.memory import provides
         from kvreal.run import run
+        from kvreal.slab import provides
 
         kinds = ["cpu", *provides()]
         built = build(expand(loads(scenario(kinds), "doctor")))

@@ -34,9 +34,10 @@ from kvreal.arena import ARENAS
 from kvreal.engines.thread import EngineThread
 from kvreal.journal import JournalError
 from kvreal.keys import shared
-from kvreal.memory import Memory, SlabError
+from kvreal.memory import Memory
 from kvreal.network import Network
 from kvreal.node import Node, Parts
+from kvreal.slab import SlabError
 from kvreal.transfer import Transfer, TransferError, make, proof
 
 PR_SET_PDEATHSIG = 1

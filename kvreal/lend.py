@@ -30,8 +30,8 @@ from typing import Callable, Dict, Final, List, Tuple, Union
 
 import msgspec
 
-from kvreal.memory import provides
 from kvreal.pool import HostError, Spawner, host_command, is_stopped
+from kvreal.slab import provides
 from kvreal.transfer import available
 from kvreal.transfer.frames import Answering, read_message, send_message
 

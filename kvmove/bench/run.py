@@ -39,7 +39,7 @@ def machine() -> Machine:
     try:
         from kvreal import transfer
         from kvreal.facts import meminfo
-        from kvreal.memory import provides
+        from kvreal.slab import provides
     except ImportError as error:
         raise RealUnavailable(f"the real world cannot run here ({error}): pip install 'kvmove[real]'") from None
     known = tuple(name for name in transfer.names() if name != "auto")

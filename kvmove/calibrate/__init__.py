@@ -70,7 +70,7 @@ def calibrate(
 
     ``of_its_kind``: leave out what tells this machine from others like it. Raises UserError, RealUnavailable."""
     from kvreal.facts import machine
-    from kvreal.memory import provides
+    from kvreal.slab import provides
 
     chosen = transports(asked)
     busy = os.getloadavg()[0]

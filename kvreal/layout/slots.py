@@ -8,7 +8,8 @@ import torch
 
 from kvreal.layout import gpu
 from kvreal.layout.paged import Paged, Tables
-from kvreal.memory import Memory, SlabError
+from kvreal.memory import Memory
+from kvreal.slab import SlabError
 
 Tensor = Any
 

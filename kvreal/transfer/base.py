@@ -27,7 +27,8 @@ from kvcore.protocol.messages import Rid
 from kvcore.scenario.profile import Profile
 from kvcore.scenario.topology import kind_of
 from kvreal.checksum import Mismatch, Mode, compare, mode_of, sums
-from kvreal.memory import Bytes, Memory, copy_bytes
+from kvreal.memory import Memory
+from kvreal.slab import Bytes, copy_bytes
 from kvreal.store import DiskError
 from kvreal.transfer import file
 from kvreal.transfer.carrier import Carrier, Link

@@ -17,7 +17,8 @@ from typing import Any, Dict, Final, List, Tuple
 
 import numpy as np
 
-from kvreal.memory import Memory, Slab
+from kvreal.memory import Memory
+from kvreal.slab import Slab
 from kvreal.transfer.carrier import Carrier, Link
 from kvreal.transfer.flow import Flow
 from kvreal.transfer.frames import TransferError

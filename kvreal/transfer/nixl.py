@@ -29,7 +29,8 @@ from typing import Any, Deque, Dict, Final, List, Optional, Sequence, Tuple
 import numpy as np
 import numpy.typing as npt
 
-from kvreal.memory import Memory, Place, Slab
+from kvreal.memory import Memory
+from kvreal.slab import Place, Slab
 from kvreal.transfer.carrier import Carrier, Link
 from kvreal.transfer.flow import Flow
 from kvreal.transfer.frames import TransferError

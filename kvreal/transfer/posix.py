@@ -20,7 +20,8 @@ import uuid
 from functools import lru_cache
 from typing import Any, Final, List, Mapping, Optional, Tuple
 
-from kvreal.memory import Bytes, Memory
+from kvreal.memory import Memory
+from kvreal.slab import Bytes
 from kvreal.store import Calls, Carries
 from kvreal.transfer.nixl import load_nixl
 

@@ -23,7 +23,8 @@ from typing import Callable, Deque, Final, Generator, List, Optional, Sequence, 
 import numpy as np
 
 from kvcore.scenario.topology import kind_of
-from kvreal.memory import Bytes, Memory
+from kvreal.memory import Memory
+from kvreal.slab import Bytes
 from kvreal.store import DiskError
 from kvreal.transfer.carrier import Carrier, Link
 from kvreal.transfer.file import workers

@@ -24,7 +24,7 @@ from typing import Callable, Dict, Final, List, Optional, Tuple
 
 import msgspec
 
-from kvreal.memory import Place
+from kvreal.slab import Place
 from kvreal.transfer.frames import Answering, Stranger, TransferError
 from kvreal.transfer.workers import punctual
 

@@ -124,7 +124,7 @@ def way(transport: str) -> tuple[str, dict[str, str]]:
 def lacking(what: str) -> str:
     """Why a transport or a kind of location cannot be had here; "" if it can."""
     if what in KINDS:
-        from kvreal.memory import provides
+        from kvreal.slab import provides
 
         if what == "gpu" and "gpu" not in provides():
             return "there is no GPU that torch can use"

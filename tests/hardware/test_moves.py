@@ -50,7 +50,7 @@ def test_pinned_where_there_is_cuda() -> None:
     need("gpu")
     import torch
 
-    from kvreal.memory import Slab
+    from kvreal.slab import Slab
 
     assert torch.cuda.is_available()
     slab = Slab("cpu", 1 << 20)

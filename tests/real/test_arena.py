@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from kvreal.arena import ARENAS, Arena, ArenaError, Member, join
-from kvreal.memory import Memory, SlabError
+from kvreal.memory import Memory
+from kvreal.slab import SlabError
 from kvreal.transfer.conformance import Conformance, Pair
 
 pytestmark = [pytest.mark.real, pytest.mark.skipif(not os.access(ARENAS, os.W_OK), reason=f"no {ARENAS} to write to")]

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from kvreal import checksum
 from kvreal.checksum import PIECE, STRIPE, Mismatch, Mode, compare, mode_of, sums
-from kvreal.memory import Memory, SlabError
+from kvreal.memory import Memory
+from kvreal.slab import SlabError
 
 CPU, DISK = "LocalCPUBackend", "LocalDiskBackend"
 SLOT = 3 * STRIPE + 5000

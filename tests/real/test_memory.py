@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kvreal.memory import POISON, Memory, SlabError, kind_of, physical_bytes
+from kvreal.memory import Memory, kind_of
+from kvreal.slab import POISON, SlabError, physical_bytes
 
 
 def test_slots_do_not_overlap_and_neighbours_touch() -> None:

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kvreal.memory import Memory, SlabError
+from kvreal.memory import Memory
+from kvreal.slab import SlabError
 
 
 class Cudart:

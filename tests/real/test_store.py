@@ -20,7 +20,8 @@ import pytest
 from kvcore.protocol.machine import StartCopy, StartFill, StartRead
 from kvreal import store as module
 from kvreal.engines.thread import EngineThread
-from kvreal.memory import Memory, Slab, SlabError
+from kvreal.memory import Memory
+from kvreal.slab import Slab, SlabError
 from kvreal.store import PAGE, WHOLE, Calls, DiskError, Home, Store, files_in
 from kvreal.transfer import Transfer, file, make
 from kvreal.transfer import posix as module_posix
