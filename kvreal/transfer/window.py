@@ -174,17 +174,18 @@ class WindowServer:
                     self.refused += 1
                     sock.close()
                     continue
+                secret = self.secret  # as of when it came
                 self.strangers += 1
                 self.socks.append(sock)
-            threading.Thread(target=self._handle, args=(sock,), name="window", daemon=True).start()
+            threading.Thread(target=self._handle, args=(sock, secret), name="window", daemon=True).start()
 
-    def _handle(self, sock: socket.socket) -> None:
+    def _handle(self, sock: socket.socket, secret: bytes) -> None:
         """One connection: window after window, until something is wrong with it."""
         strange = True
         punctual()
         try:
             with sock:
-                dialled = Answering(self.secret, sock, MAX_HELLO)
+                dialled = Answering(secret, sock, MAX_HELLO)
                 if sock.family != socket.AF_UNIX:
                     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 sock.settimeout(HELLO_TIMEOUT_S)
