@@ -12,7 +12,7 @@ from typing import Final
 
 import msgspec
 
-from kvcore.scenario.build import Built, build
+from kvcore.scenario.build import Built, as_measured, build
 from kvcore.scenario.expect import expectations
 from kvcore.scenario.generate import expand
 from kvcore.scenario.history import read
@@ -122,7 +122,7 @@ class Player:
         Unless ``keep``, a simulation that nothing is compared with writes none; if it turns out badly it is repeated
         with one, and is the same again.
         """
-        path, scenario, built = prepared.path, prepared.scenario, prepared.built
+        path, scenario, built = prepared.path, prepared.scenario, as_measured(prepared.built, self.transport)
         played = Played(path, scenario, built)
         missing = [need for need in self._needs(built) if need not in self.provides]
         try:

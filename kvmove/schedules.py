@@ -29,8 +29,7 @@ DELAYED: Final = (
     *("MoveRequest", "Pin", "Pinned", "Fetch", "Reserved", "Committed", "Release", "Released", "End"),
     *("Delta", "Beat", "Renew", "Retain", "Clear", "CancelRequest", "StoreRequest", "UseRequest", "Answer"),
 )
-READ: Final = ("Fence", "Fenced")
-PUSH: Final = ("Push", "Pushed", "Stop")
+MESSAGES: Final = {"read": ("Fence", "Fenced"), "push": ("Push", "Pushed", "Stop")}
 DELAYS: Final = 10
 SHORTEST_DELAY_NS: Final = 50_000
 LONGEST_DELAY_NS: Final = 20_000_000
@@ -95,7 +94,7 @@ def _delayed(built: Built, draw: random.Random) -> Built:
     """Most delays are on the way from one node or to one only: moves overtake each other, and the ranks of an instance
     do not march in step."""
     longest = min(LONGEST_DELAY_NS, 2 * built.config.retry_ns)
-    names = (*DELAYED, *(PUSH if built.config.push else READ))
+    names = (*DELAYED, *(message for way in _directions(built) for message in MESSAGES[way]))
     faults = []
     for _ in range(DELAYS):
         side = draw.random()
@@ -108,6 +107,16 @@ def _delayed(built: Built, draw: random.Random) -> Built:
         delay = Duration.of_ns(_short_ns(draw, SHORTEST_DELAY_NS, longest))
         faults.append(Fault(when=when, delay=delay, times=draw.choice((1, 1, 2, 4))))
     return msgspec.structs.replace(built, faults=(*built.faults, *faults))
+
+
+def _directions(built: Built) -> list[str]:
+    """Who may move bytes here."""
+    found: set[str] = set()
+    for spec in built.specs:
+        if isinstance(spec, WorkerSpec):
+            told = built.config.direction if spec.config.direction == "auto" else spec.config.direction
+            found |= {"read", "push"} if told == "auto" and spec.measured else {"read" if told == "auto" else told}
+    return sorted(found, reverse=True)
 
 
 def _out_of_step(built: Built, draw: random.Random) -> Built:

@@ -14,6 +14,7 @@ from typing import Any, Dict, Final, List, Literal, Mapping, Optional, Tuple, Un
 import msgspec
 
 from kvcore.protocol.config import Config, WorkerSpec
+from kvcore.protocol.links import Measured
 from kvcore.protocol.messages import Location, Namespace
 from kvcore.scenario.loader import ScenarioError, load_as
 from kvcore.scenario.mistake import Mistake, nearest, shown
@@ -84,7 +85,8 @@ class Own(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults
     """A name, or a folder in memory: instances of this host that name the same hand slots over instead of copying."""
     arena_size: Optional[Size] = None
     """Of the whole arena; the CPU locations of all its instances must fit."""
-    direction: Literal["read", "push"] = "read"
+    direction: Literal["auto", "read", "push"] = "auto"
+    """Of what is moved to this instance; auto: as the controller has it, else as was measured."""
     checksums: Literal["off", "sample", "all"] = "sample"
     constants: Constants = Constants()
     host: str = "localhost"
@@ -156,10 +158,10 @@ class InstanceFile(msgspec.Struct, frozen=True):
         """Locations in the order in which a prompt is looked for: where the engine stores comes first."""
         return [self.store_at, *[name for name, _ in self.locations if name != self.store_at]]
 
-    def spec(self, rank: int, address: str, controller: str) -> WorkerSpec:
-        """What the rank's machine is made from."""
+    def spec(self, rank: int, address: str, controller: str, measured: Optional[Measured] = None) -> WorkerSpec:
+        """What the rank's machine is made from. ``measured``: what was, of its transports."""
         places = tuple([Location(name, slots) for name, slots in self.locations])
-        return WorkerSpec(address, self.instance, rank, controller, self.namespace, places, self.config)
+        return WorkerSpec(address, self.instance, rank, controller, self.namespace, places, self.config, measured)
 
 
 def path_from(option: Optional[str], environ: Mapping[str, str]) -> str:

@@ -106,7 +106,9 @@ class Local:
             transfer.windows.secret = keys.window_secret()
         transfer.begin(CLUSTER, self.address)
         controller = endpoint_of(f"{file.controller[0]}:{file.controller[1]}")
-        spec = file.spec(rank, self.address, controller)
+        profile = transfer.profile
+        measured = profile.measured(tuple(transfer.carriers)) if profile is not None else None
+        spec = file.spec(rank, self.address, controller, measured)
         thread = engine(memory) if callable(engine) else EngineThread(memory, engine)
         parts = WorkerParts(memory, transfer, thread)
         self.service: Service = Service(spec, network, worker=parts)

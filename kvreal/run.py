@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path
 from typing import Final, List, Mapping, Optional
 
-from kvcore.scenario.build import Built
+from kvcore.scenario.build import Built, as_measured
 from kvcore.scenario.faults import Crash, FaultPlan
 from kvcore.scenario.history import HistoryError
 from kvcore.scenario.result import Result
@@ -46,6 +46,7 @@ def run(
     """
     if history is not None:
         _writable(history)
+    built = as_measured(built, pool.transport if pool is not None else transport)
     own = pool is None
     used = pool if pool is not None else Pool(transport)
     try:

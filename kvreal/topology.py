@@ -54,11 +54,13 @@ def instance_files(built: Built, folder: Path, controller: str, reply: str, tran
                 "ranks": space.ranks,
                 "locations": {place.name: f"{place.slots * slot} B" for place in spec.locations},
                 "transport": transport,
-                "direction": "push" if spec.config.push else "read",
+                "direction": spec.config.direction,
                 "checksums": spec.config.checksums,
                 "constants": constants(spec.config),
             },
         }
+        if built.network.profile:
+            data["kvmove"]["profile"] = str(Path(built.network.profile).resolve())
         path = folder / f"{name}.yaml"
         # JSON is YAML; indented so that a person can read it.
         path.write_bytes(msgspec.json.format(msgspec.json.encode(data), indent=2))

@@ -26,15 +26,15 @@ class Copying:
         self.profile: Profile = profile
         self.transport: str = transport
         self.fabric: Fabric = fabric
-        self.costs: Dict[Tuple[str, str, bool], Optional[CopyCost]] = {}
+        self.costs: Dict[Tuple[str, str, bool, bool], Optional[CopyCost]] = {}
         self.hosts: Dict[str, Link] = {}
         self.processes: Dict[Tuple[str, str], Link] = {}
 
-    def cost(self, source: str, target: str, inside: bool) -> Optional[CopyCost]:
+    def cost(self, source: str, target: str, inside: bool, push: bool) -> Optional[CopyCost]:
         """Of a copy from one location to another; None: the profile's plain numbers hold."""
-        key = (source, target, inside)
+        key = (source, target, inside, push)
         if key not in self.costs:
-            self.costs[key] = self.profile.cost(self.transport, kind_of(source), kind_of(target), inside)
+            self.costs[key] = self.profile.cost(self.transport, kind_of(source), kind_of(target), inside, push)
         return self.costs[key]
 
     def links(self, cost: CopyCost, carrier: str) -> Tuple[Link, ...]:

@@ -9,7 +9,7 @@ from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple, Union, f
 from kvcore.protocol.machine import Command, Effect, Input, Machine, Note, Received, Record
 from kvcore.protocol.messages import Beat, Key
 from kvcore.protocol.worker import Worker
-from kvcore.scenario.build import Built, placement
+from kvcore.scenario.build import Built, as_measured, placement
 from kvcore.scenario.checks import Checker
 from kvcore.scenario.client import Client
 from kvcore.scenario.faults import (
@@ -50,6 +50,7 @@ def run(
     ``rates``: tell what crossed each link when (``Result.rates``). ``transport``: whose measured costs copies have;
     one that the profile does not know has its plain ones.
     Raises EventLimit after ``max_events`` events, HistoryError for a full disk, ProfileError for a wrong profile."""
+    built = as_measured(built, transport)
     lines = sink if sink is not None else NoHistory()
     if history is not None:
         lines = FileHistory(history, header(built))

@@ -133,7 +133,7 @@ class Transfers:
     def _price(self, transfer: Transfer, copying: Copying) -> None:
         """As the profile has measured it; what a scenario says of its network holds in any case."""
         _, source, _, target = transfer.crosses()
-        cost = transfer.cost = copying.cost(source, target, transfer.owner is transfer.peer)
+        cost = transfer.cost = copying.cost(source, target, transfer.owner is transfer.peer, not transfer.effect.read)
         host = self.cluster.network.host
         if cost is not None:
             transfer.queue_ns = cost.queue_ns

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Final, Tuple, Union
+from typing import Final, Optional, Tuple, Union
 
 import msgspec
 
+from kvcore.protocol.links import Measured
 from kvcore.protocol.messages import Location, Namespace
 
 MS: Final = 1_000_000
@@ -85,8 +86,9 @@ class Config(msgspec.Struct, frozen=True, gc=False, forbid_unknown_fields=True, 
     """Events in flight; beyond that a move is refused as busy."""
     drain_window: int = 4
     """Chains of a drain that move at once. Those that begin with the same chunk go one after another."""
-    push: bool = False
-    """Who moves the bytes: the destination reads (False) or the source pushes (True)."""
+    direction: str = "auto"
+    """Who moves the bytes: the destination (read), the source (push), or who is quicker as both have measured; while
+    that is not known, the destination (auto)."""
     checksums: str = "off"
     """off, sample or all: what of a copy's bytes is compared with its source's before it counts."""
     rules: Rules = ALL_RULES
@@ -97,6 +99,8 @@ class Config(msgspec.Struct, frozen=True, gc=False, forbid_unknown_fields=True, 
             value = getattr(self, name)
             if name.endswith("_ns") and value <= 0:
                 raise ConfigError(f"{name} is {value}, expected a duration above 0")
+        if self.direction not in ("auto", "read", "push"):
+            raise ConfigError(f"direction is {self.direction!r}, expected auto, read or push")
         if self.checksums not in ("off", "sample", "all"):
             raise ConfigError(f"checksums is {self.checksums!r}, expected off, sample or all")
         if self.drain_window < 1:
@@ -162,6 +166,7 @@ class WorkerSpec(msgspec.Struct, frozen=True, tag="worker", omit_defaults=True, 
     namespace: Namespace
     locations: Tuple[Location, ...]
     config: Config = Config()
+    measured: Optional[Measured] = None
 
 
 NodeSpec = Union[ControllerSpec, WorkerSpec]

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Callable, Dict, Final, List, Optional, Tuple, final
 
 from kvcore.protocol.config import Config
+from kvcore.protocol.links import best_direction, kind_of
 from kvcore.protocol.machine import Begin, Decide, Effect, Journal, Note, Outcome, Promised, Send, Timers
 from kvcore.protocol.messages import (
     NO_ID,
@@ -87,6 +88,9 @@ class Event:
         self.give_up_ns: int = 0
         self.via: str = ""
         self.chosen: str = ""
+        #: who moves the bytes, and why if that was measured
+        self.push: bool = False
+        self.direction: str = ""
         #: every later Release keeps: a retention may have lapsed, or this is a copy
         self.keep: bool = request.copy
         #: found decided in the journal: no Release before every retention has been confirmed, or given up (H36)
@@ -266,7 +270,33 @@ class Coordinator:
             incs.append(inc)
         event.dst_incs = incs
         event.state = RESERVING
+        self._direct(event, out)
         self._fetch(now, event, out)
+
+    def _direct(self, event: Event, out: List[Effect]) -> None:
+        """Who moves the bytes. Within one process nobody need be asked."""
+        m = event.request
+        if event.src == event.dst:
+            return
+        ranks = self.registry.by_address
+        event.push, event.direction = self.direction(
+            [ranks[address] for address in event.src], [ranks[address] for address in event.dst],
+            m.src[1], m.dst[1], sum(m.lens[: event.n]), event.n,
+        )  # fmt: skip
+        if event.direction:
+            out.append(Note("direction", event.number, event.direction))
+
+    def direction(
+        self, src: List[Rank], dst: List[Rank], source: str, target: str, num_tokens: int, chunks: int
+    ) -> Tuple[bool, str]:
+        """(push?, why) of a copy between two locations of two instances: as the destination says, else as I am told,
+        else as was measured. All ranks of a move do alike."""
+        for said in (dst[0].register.direction, self.config.direction):
+            if said != "auto":
+                return said == "push", ""
+        pairs = [(one.register.measured, other.register.measured) for one, other in zip(src, dst)]
+        nbytes = num_tokens * src[0].register.namespace.bytes_per_token
+        return best_direction(pairs, kind_of(source), kind_of(target), nbytes, chunks)
 
     # ---- RESERVING, COPYING
     def _fetch(self, now: int, event: Event, out: List[Effect]) -> None:
@@ -293,7 +323,7 @@ class Coordinator:
                             event.slots[r],
                             self.config.retain_ns,
                             now,
-                            self.config.push and src != address,
+                            event.push,
                             m.evict,
                             event.src_endpoints[r],
                             event.terms,

@@ -11,6 +11,8 @@ from typing import Optional, Tuple, Union
 
 import msgspec
 
+from kvcore.protocol.links import Measured
+
 Key = bytes
 """A chunk's key: a cryptographic digest over the namespace, the chunk's tokens and all tokens before it."""
 
@@ -75,6 +77,10 @@ class Register(Message, frozen=True, gc=False):
     version: int = 1
     constants: Tuple[Tuple[str, int], ...] = ()
     """Its constants that are not the usual ones, by name: what does not fit the controller's is refused or noted."""
+    direction: str = "auto"
+    """Of copies to it: read, push, or as the controller has it."""
+    measured: Optional[Measured] = None
+    """What was measured of the copies that it carries out itself."""
 
 
 class Registered(Message, frozen=True, gc=False):

@@ -211,6 +211,8 @@ class Worker(Machine):
                     self.endpoint,
                     self.born_ns,
                     constants=self.constants,
+                    direction=spec.config.direction,
+                    measured=spec.measured,
                 ),
             )
         )

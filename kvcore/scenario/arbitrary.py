@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 from decimal import Decimal
-from typing import Callable, Dict, Final, Iterator, List, Optional, Sequence, Tuple, TypeVar
+from typing import Callable, Dict, Final, Iterator, List, Literal, Optional, Sequence, Tuple, TypeVar
 
 import msgspec
 
@@ -42,6 +42,7 @@ from kvcore.scenario.steps import (
 from kvcore.scenario.units import ChunkTokens, Duration, Size, Tokens
 
 T = TypeVar("T")
+Way = Literal["read", "push"]
 
 CHUNK_TOKENS: Final = 16
 INSTANCES: Final = ("a", "b", "c", "d")
@@ -153,7 +154,7 @@ def scenario_from(draw: Draw, space: Space = WHOLE, name: str = "generated", see
     steps = drawer.steps(racing)
     places = {place: instances[place.partition("/")[0]].ranks for place in drawer.places}
     moves = tuple([name for name, step in zip(step_names(steps), steps) if step.move is not None])
-    faults = FaultDrawer(draw, places, moves, drawer.push, racing).faults(space.faults, space.must)
+    faults = FaultDrawer(draw, places, moves, drawer.ways, racing).faults(space.faults, space.must)
     corrupt = any(fault.copy is not None and fault.copy.corrupt for fault in faults)
     return Scenario(
         name=name,
@@ -162,7 +163,7 @@ def scenario_from(draw: Draw, space: Space = WHOLE, name: str = "generated", see
         kv=Kv(
             chunk=ChunkTokens(CHUNK_TOKENS),
             bytes_per_token=Size(drawer.token_bytes),
-            direction="push" if drawer.push else "read",
+            direction=drawer.ways[0],
         ),
         constants=space.constants,
         without=space.without,
@@ -180,7 +181,10 @@ class _Drawer:
     def __init__(self, draw: Draw, space: Space) -> None:
         self.draw: Draw = draw
         self.space: Space = space
-        self.push: bool = draw.once_in(2)
+        #: who moves the bytes, as most instances have it, and as others do
+        self.ways: Tuple[Way, ...] = ("push", "read") if draw.once_in(2) else ("read", "push")
+        if not draw.once_in(3):
+            self.ways = self.ways[:1]
         self.token_bytes: int = draw.choice((64, 256, 1024)) if space.ranks > 1 else 64
         self.places: List[str] = []
         self.lengths: Dict[str, int] = {}
@@ -207,7 +211,8 @@ class _Drawer:
                 self.places.append(f"{name}/{LOCATIONS[place]}")
             # Other ranks are another namespace: whatever is moved between the two is refused.
             own = 3 - ranks if space.ranks > 1 and number >= 2 and draw.once_in(12) else ranks
-            found[name] = Instance(ranks=own, locations=locations)
+            other = len(self.ways) > 1 and draw.once_in(2)
+            found[name] = Instance(ranks=own, locations=locations, direction=self.ways[1] if other else "")
         return found
 
     def prompts(self) -> Dict[str, Prompt]:

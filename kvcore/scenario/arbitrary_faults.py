@@ -85,9 +85,12 @@ AT_ONCE: Final = Duration.parse("0 s")
 
 
 class FaultDrawer:
-    """``places``: ``instance/location`` -> ranks. ``moves``: the move steps' names."""
+    """``places``: ``instance/location`` -> ranks. ``moves``: the move steps' names. ``ways``: who moves
+    bytes, read or push."""
 
-    def __init__(self, draw: Draw, places: Mapping[str, int], moves: Sequence[str], push: bool, racing: bool) -> None:
+    def __init__(
+        self, draw: Draw, places: Mapping[str, int], moves: Sequence[str], ways: Sequence[str], racing: bool
+    ) -> None:
         self.draw: Draw = draw
         self.places: Tuple[str, ...] = tuple(places)
         instances: Dict[str, int] = {place.partition("/")[0]: ranks for place, ranks in places.items()}
@@ -99,7 +102,8 @@ class FaultDrawer:
             *[f"{name}/{rank}" for name, ranks in instances.items() if ranks > 1 for rank in range(ranks)],
         )
         self.moves: Tuple[str, ...] = tuple(moves)
-        self.messages: Tuple[str, ...] = PUSH if push else READ
+        names = [name for way in ways for name in (PUSH if way == "push" else READ)]
+        self.messages: Tuple[str, ...] = tuple(dict.fromkeys(names))
         self.racing: bool = racing
         self.likely: bool = False
 

@@ -7,17 +7,20 @@ each.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Final, Iterator, Optional, Tuple
+from typing import Final, Iterator, List, Optional, Sequence, Tuple
 
 import msgspec
 from msgspec import field
 
+from kvcore.protocol.links import Cost, Measured, bytes_ns
 from kvcore.scenario.loader import load_data
 from kvcore.scenario.topology import LOCATIONS
 
 __all__ = ["AUTO", "CopyCost", "Made", "Profile", "ProfileError", "load_profile"]
 
 AUTO: Final = "auto"
+ARENA: Final = "arena"
+"""Hands slots over: as quick whoever does it."""
 
 
 class ProfileError(ValueError):
@@ -44,7 +47,8 @@ class Made(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
 
 class CopyCost(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Copies by one transport from one kind of location to another (cpu, disk, gpu), between two processes; ``inside``:
-    within one. A copy of ``n`` chunks and ``b`` bytes that is alone takes
+    within one; ``push``: carried out by the process that has the bytes, else by the one that wants them. A copy of
+    ``n`` chunks and ``b`` bytes that is alone takes
 
         queue_ns + copy_ns + n * descriptor_ns + b / rate(b)
 
@@ -58,6 +62,7 @@ class CopyCost(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     source: str = field(name="from", default="cpu")
     target: str = field(name="to", default="cpu")
     inside: bool = False
+    push: bool = False
     queue_ns: int = 0
     first_ns: int = 0
     copy_ns: int = 0
@@ -67,23 +72,17 @@ class CopyCost(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     host_bytes_per_s: float = 0.0
     cpu_s_per_gb: float = 0.0
 
+    def alike(self, other: CopyCost) -> bool:
+        """By one transport, between the same kinds."""
+        return (self.transport, self.source, self.target) == (other.transport, other.source, other.target)
+
     def overhead_ns(self, chunks: int) -> int:
         """What a copy, not the first, takes besides its bytes, its queueing included."""
         return self.queue_ns + self.copy_ns + chunks * self.descriptor_ns
 
     def bytes_ns(self, nbytes: int) -> float:
-        """What the bytes take, if nobody else is there. Below the smallest size: at its rate; above the largest too."""
-        rates = self.rates
-        size, rate = rates[0]
-        if nbytes <= size:
-            return nbytes * 1e9 / rate
-        earlier_ns = size * 1e9 / rate
-        for larger, faster in rates[1:]:
-            larger_ns = larger * 1e9 / faster
-            if nbytes <= larger:
-                return earlier_ns + (larger_ns - earlier_ns) * (nbytes - size) / (larger - size)
-            size, rate, earlier_ns = larger, faster, larger_ns
-        return nbytes * 1e9 / rate
+        """What the bytes take, if nobody else is there."""
+        return bytes_ns(self.rates, nbytes)
 
     def mistakes(self) -> Iterator[str]:
         where = f"copies: {self.transport} from {self.source} to {self.target}: "
@@ -160,21 +159,43 @@ class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
         """Do messages cost more than their number?"""
         return bool(self.key_ns or self.index_ns or self.wake_ns)
 
-    def cost(self, transport: str, source: str, target: str, inside: bool = False) -> Optional[CopyCost]:
+    def cost(
+        self, transport: str, source: str, target: str, inside: bool = False, push: bool = False
+    ) -> Optional[CopyCost]:
         """The entry for such copies; ``auto``: the first that there is, and so for a transport that does nothing of its
-        own within a process. None: nobody has measured it."""
+        own within a process. Where no push was measured: that of a read. None: nobody has measured it."""
         alike = [cost for cost in self.copies if (cost.source, cost.target, cost.inside) == (source, target, inside)]
-        for cost in alike:
-            if transport in (AUTO, cost.transport):
-                return cost
+        for way in (True, False) if push else (False,):
+            for cost in alike:
+                if transport in (AUTO, cost.transport) and cost.push == way:
+                    return cost
         return alike[0] if alike and inside else None
 
-    def rate(self, transport: str, source: str, target: str, nbytes: int, chunks: int = 1) -> float:
+    def rate(
+        self, transport: str, source: str, target: str, nbytes: int, chunks: int = 1, push: bool = False
+    ) -> float:
         """Bytes a second of such a copy, all told; 0.0: nobody has measured it. ``auto`` may choose by it."""
-        cost = self.cost(transport, source, target)
+        cost = self.cost(transport, source, target, push=push)
         if cost is None or nbytes <= 0:
             return 0.0
         return nbytes * 1e9 / (cost.overhead_ns(chunks) + cost.bytes_ns(nbytes))
+
+    def measured(self, transports: Sequence[str] = ()) -> Optional[Measured]:
+        """What a process with these ``transports`` says of its copies: of those that were measured both ways. None: of
+        none. Without transports: of what ``auto`` takes, as ``cost`` has it."""
+        found: List[Cost] = []
+        for one in self.copies:
+            auto = self.cost(AUTO, one.source, one.target)
+            names = transports or ((auto.transport,) if auto is not None else ())
+            if one.inside or one.transport == ARENA or one.transport not in names:
+                continue
+            both = [other.push for other in self.copies if not other.inside and other.alike(one)]
+            if True in both and False in both:
+                fixed_ns = one.queue_ns + one.copy_ns
+                found.append(
+                    Cost(one.transport, one.source, one.target, one.push, fixed_ns, one.descriptor_ns, one.rates)
+                )
+        return Measured(self.name, tuple(found)) if found else None
 
     def transfer_overhead_ns(self, descriptors: int) -> int:
         return self.transfer_ns + descriptors * self.descriptor_ns

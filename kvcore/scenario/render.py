@@ -43,6 +43,7 @@ from kvcore.scenario.history import Header, Line
 _SKIPPED: Final = frozenset(
     ["incarnation", "event", "op", "stamp", "namespace", "endpoint", "src_endpoint", "retain_ns", "lease_ns", "inc"]
     + ["nonce", "slots", "src_slots", "lens", "src_epoch", "version", "since_ns", "source", "src_location", "mine"]
+    + ["measured"]
 )
 #: Fields that are shown by how many there are.
 _COUNTED: Final = {"keys": "chunk", "adds": "more", "drops": "less", "entries": "chunk", "locations": "location"}

@@ -385,7 +385,7 @@ def config_of(scenario: Scenario) -> Config:
         if rule not in known:
             raise ConfigError(f"there is no rule {rule!r}, expected one of {known[0]} .. {known[-1]}")
     rules = Rules(**dict.fromkeys(scenario.without, False))
-    config = Config(**values, push=scenario.kv.direction == "push", checksums=scenario.kv.checksums, rules=rules)
+    config = Config(**values, direction=scenario.kv.direction, checksums=scenario.kv.checksums, rules=rules)
     config.check()
     return config
 

@@ -6,6 +6,7 @@ from typing import Dict, Final, Literal, Optional, Tuple, Union
 
 import msgspec
 
+from kvcore.protocol.links import kind_of as kind_of
 from kvcore.scenario.units import ChunkTokens, Duration, Rate, Size, Tokens
 
 #: Bytes of KV a token of known models, all layers and all ranks, in bfloat16: 2 x layers x KV heads x head size x 2.
@@ -27,21 +28,14 @@ CLIENT: Final = "client"
 LOCATIONS: Final[Dict[str, str]] = {"cpu": "LocalCPUBackend", "disk": "LocalDiskBackend", "gpu": "LocalGPUBackend"}
 
 
-def kind_of(location: str) -> str:
-    """What a location's name says of its memory: cpu, disk or gpu."""
-    name = location.lower()
-    if "gpu" in name or "hbm" in name:
-        return "gpu"
-    return "disk" if "disk" in name or "file" in name else "cpu"
-
-
 class Part(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True, kw_only=True):
     """Base of everything in a scenario."""
 
 
 class Kv(Part, frozen=True, kw_only=True):
-    """What KV is made of. ``direction``: the destination reads the bytes, or the source pushes them. ``checksums``: of
-    copies, compared before they count; a copy with wrong bytes is made once more."""
+    """What KV is made of. ``direction``: the destination reads the bytes, or the source pushes them, or whichever the
+    network's profile says is quicker (read, where it does not say). ``checksums``: of copies, compared before they
+    count; a copy with wrong bytes is made once more."""
 
     model: str = "llama-3.1-8b"
     chunk: ChunkTokens = ChunkTokens(256)
@@ -50,7 +44,7 @@ class Kv(Part, frozen=True, kw_only=True):
     dtype: str = "bfloat16"
     layout: str = "layers-first"
     weights: str = ""
-    direction: Literal["read", "push"] = "read"
+    direction: Literal["auto", "read", "push"] = "auto"
     checksums: Literal["off", "sample", "all"] = "off"
 
     @property
@@ -111,13 +105,15 @@ class LocationSpec(Part, frozen=True, kw_only=True):
 class Instance(Part, frozen=True, kw_only=True):
     """A serving instance of ``ranks`` tensor-parallel processes.
 
-    ``id``: the name it claims at the controller, if not its own. ``namespace``: fields that differ here.
+    ``id``: the name it claims at the controller, if not its own. ``namespace``: fields that differ here. ``direction``:
+    of what is moved here, if it is not ``kv.direction``.
     """
 
     ranks: int = 1
     locations: Dict[str, LocationSpec] = {}
     id: str = ""
     namespace: Dict[str, Union[str, int]] = {}
+    direction: Literal["", "auto", "read", "push"] = ""
     switch: str = ""
     nic: Optional[Link] = None
 

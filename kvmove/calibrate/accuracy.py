@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Final
 
 import msgspec
 
+from kvcore.scenario.build import with_measured
 from kvcore.scenario.profile import Profile
 from kvcore.scenario.result import Result
 from kvmove import compare
@@ -69,6 +70,8 @@ def check(profile: Profile, transport: str, repeats: int, step: Callable[[str], 
 
     took: dict[str, float] = {}
     prepared = scenarios()
+    for one in prepared.values():
+        one.built = with_measured(one.built, profile, transport)
     real: dict[str, list[Result]] = {name: [] for name in prepared}
     with Pool(transport) as pool:
         for number in range(repeats + 1):

@@ -55,8 +55,12 @@ def controller(
         typer.Option("--set", help="A constant of the protocol: --set lease='2 s'. Repeatable.", metavar="NAME=VALUE"),
     ] = None,
     direction: Annotated[
-        str, typer.Option("--direction", help="Who moves bytes: read (the destination) or push (the source).")
-    ] = "read",
+        str, typer.Option(
+            "--direction",
+            help="Who moves bytes: read (the destination), push (the source), or auto: whoever is quicker by the"
+            " instances' profiles; read where they have none. An instance's own word goes first.",
+        ),
+    ] = "auto",
     history: Annotated[
         str | None, typer.Option("--history", help="Log every step there, for `kvmove history`.", metavar="FILE")
     ] = None,
@@ -71,7 +75,7 @@ def controller(
     Exit status: 0 told to stop, 1 the journal cannot be written any more, 2 bad input or a port that is taken.
     """
     output.choice("--durability", durability, ("process", "power"))
-    output.choice("--direction", direction, ("read", "push"))
+    output.choice("--direction", direction, ("auto", "read", "push"))
     try:
         from kvreal import controller as real
         from kvreal.http.face import Settings as FaceSettings
@@ -85,7 +89,7 @@ def controller(
         ports=_ports(monitor_ports),
         monitor_host=monitor_host,
         address=_address(address),
-        config=msgspec.structs.replace(_config(sets or [], events_kept, events_max), push=direction == "push"),
+        config=msgspec.structs.replace(_config(sets or [], events_kept, events_max), direction=direction),
         max_body_bytes=max_body,
         face=FaceSettings(_profile(profile), prefill),
         history=Path(history) if history else None,

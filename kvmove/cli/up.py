@@ -87,7 +87,7 @@ def topology(
     port, pull, reply = ports
     monitor = json.dumps({"pull": pull, "reply": reply})
     argv = ["controller", "--host", "localhost", "--port", str(port), "--monitor-ports", monitor, "--journal", journal]
-    argv += ["--direction", "push"] if built.config.push else []
+    argv += ["--direction", built.config.direction]
     for constant, value in constants(built.config).items():
         argv += ["--set", f"{constant}={value}"]
     controller = Process("controller", argv, say)

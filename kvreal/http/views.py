@@ -205,7 +205,7 @@ def _ranks(record: Record) -> List[RankOutcome]:
                 kept=released.kept if released is not None else 0,
                 why=released.why if released is not None else "",
                 via=event.via if copied else "",
-                chosen=event.chosen if copied else "",
+                chosen="; ".join(filter(None, (event.chosen, event.direction))) if copied else "",
             )
         )
     return found

@@ -122,7 +122,7 @@ def _loaded(name: str) -> Make:
 
 def make(name: str, memory: Memory, at: Tuple[str, int] = ("127.0.0.1", 0), profile: str = "") -> Transfer:
     """The transports of this process over ``memory``; peers reach it ``at`` (host, port; 0: any). ``profile``: the path
-    of the one by which ``auto`` chooses; none: what KVMOVE_PROFILE names.
+    of the one that says which is the fastest, and in which direction; none: what KVMOVE_PROFILE names.
 
     NIXL's agent takes about half a second to create."""
     try:
@@ -132,7 +132,7 @@ def make(name: str, memory: Memory, at: Tuple[str, int] = ("127.0.0.1", 0), prof
     for store in memory.stores.values():
         store.by = memory.disk_by or store.by
     wanted = [*(["arena"] if name == "auto" and memory.arena else []), *resolve(name)]
-    measured = profile_from(profile) if name == "auto" else None
+    measured = profile_from(profile)
     makes = {one: _make_of(one) for one in wanted}
     if name == "mooncake":
         makes[name] = partial(_mooncake, host=at[0])

@@ -76,7 +76,8 @@ def choose(job: Job, carriers: Dict[str, Carrier], endpoint: Endpoint, profile: 
 
 
 def _fastest(able: List[str], profile: Profile, source: str, target: str, job: Job) -> Tuple[str, str]:
-    rates = {name: profile.rate(name, source, target, job.nbytes, len(job.spans)) for name in able}
+    push = not job.copy.effect.read
+    rates = {name: profile.rate(name, source, target, job.nbytes, len(job.spans), push) for name in able}
     name = max(able, key=lambda one: rates[one])  # of equal ones, and if none was measured, the first
     said = ", ".join(f"{one} {rates[one] / 1e9:.1f} GB/s" if rates[one] else f"{one} not measured" for one in able)
     return name, f"fastest of {said}"

@@ -79,7 +79,7 @@ class Story(World):
         self.rid: Tuple[int, int] = NO_ID
         self.who: Tuple[str, int] = ("", 0)
         self.node: str = "ctl"
-        config = Config(rules=rules, push=push, **constants)  # type: ignore[arg-type]
+        config = Config(rules=rules, direction="push" if push else "auto", **constants)  # type: ignore[arg-type]
         super().__init__(specs(instances or {"a": 4, "b": 4}, config, ranks, locations))
 
     # ---- what clients and engines do

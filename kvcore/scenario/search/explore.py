@@ -122,7 +122,7 @@ class Found(msgspec.Struct):
 class Explorer:
     def __init__(self, case: Case, config: Config = SEARCH_CONFIG, quiet_every: int = 20) -> None:
         self.case: Case = case
-        self.config: Config = msgspec.structs.replace(config, push=case.push)
+        self.config: Config = msgspec.structs.replace(config, direction="push" if case.push else "read")
         self.quiet_every: int = quiet_every
         self.freezer: Freezer = Freezer()
         self.found: Found = Found(case.name, reached={}, violations=[], trace=[])

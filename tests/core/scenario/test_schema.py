@@ -77,7 +77,7 @@ def test_a_scale_must_be_a_positive_number(scale: float) -> None:
 
 def test_direction_and_rules() -> None:
     config = config_of(scenario(kv=Kv(direction="push"), without=("h03", "h13c")))
-    assert config.push
+    assert config.direction == "push"
     assert not config.rules.h03
     assert not config.rules.h13c
     assert config.rules.h02
