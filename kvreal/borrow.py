@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import re
 import shlex
 import signal
 import socket
@@ -21,7 +22,7 @@ import threading
 import time
 from pathlib import Path
 from types import TracebackType
-from typing import Dict, Final, List, Optional, Tuple, Type
+from typing import Dict, Final, Iterable, Iterator, List, Optional, Tuple, Type
 from urllib.parse import urlsplit
 
 import msgspec
@@ -37,6 +38,8 @@ SSH_TIMEOUT_S: Final = 60.0
 EXCHANGES: Final = 20
 SSH: Final = "KVMOVE_SSH"
 """In the environment: the command that stands for ssh."""
+
+_ADDRESS: Final = re.compile(rb"([0-9A-Za-z.-]+):([0-9]{1,5})")
 
 _first_answer: Final = msgspec.msgpack.Decoder(lend.FirstAnswer).decode
 _answered: Final = msgspec.msgpack.Decoder(lend.Answered).decode
@@ -100,6 +103,7 @@ class Borrowed(Lender):
         self.env: Dict[str, str] = env or {}
         self.lock: threading.Lock = threading.Lock()
         self.count: int = 0
+        self.lost: str = ""
         self.sock, answer = self._dial(lend.Borrow(lend.PROTOCOL, lend.version()))
         if not isinstance(answer, lend.Lent):
             raise PeerError(f"{self.name}: it does not lend")
@@ -125,8 +129,7 @@ class Borrowed(Lender):
         except OSError as error:
             raise PeerError(f"{self.name}: cannot be reached: {error.strerror or error}") from error
         try:
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            lend.watch_over(sock)
             answer = _first_answer(prove(sock, lend.encode(first), self.secret, self.name))
         except (OSError, TransferError, msgspec.MsgspecError, ValueError) as error:
             sock.close()
@@ -145,11 +148,19 @@ class Borrowed(Lender):
                 send_message(self.sock, lend.encode(question))
                 answer: lend.Word = _answered(read_message(self.sock, 2 * lend.PIECE_BYTES))
             except (OSError, msgspec.MsgspecError) as error:
+                self.lost = self.lost or self._why(error)
                 self.sock.close()  # a late answer would be taken for the next one's
-                raise HostError(f"{self.name} gives no answer: {error}") from error
+                raise HostError(f"{self.name} gives no answer: {self.lost}") from error
         if isinstance(answer, lend.Declined):
             raise HostError(f"{self.name}: {answer.why}")
         return answer
+
+    @staticmethod
+    def _why(error: Exception) -> str:
+        """Why the loan's connection ended, in words."""
+        if isinstance(error, TimeoutError):
+            return f"nothing was heard of it for {lend.SILENCE_S if error.errno else TIMEOUT_S:.0f} s"
+        return "it has hung up" if isinstance(error, ConnectionError) else str(error)
 
     def _compare_clocks(self) -> int:
         best: Optional[Tuple[int, int]] = None
@@ -261,31 +272,60 @@ class Away:
         """Start it there, tell it a fresh secret, hear where it listens. It ends when its standard input does."""
         ssh = shlex.split(os.environ.get(SSH, "ssh"))
         port = ["-p", str(self.port)] if self.port else []
-        there = shlex.join([self.command, "peer", "--listen", "ssh", "--token", "-"])
-        command = [*ssh, "-o", "BatchMode=yes", *port, self.login, there]
+        python = Path(self.command).name.startswith("python")
+        kvmove = [self.command, "-m", "kvmove"] if python else [self.command]
+        there = shlex.join([*kvmove, "peer", "--listen", "ssh", "--token", "-"])
+        # -4: nodes listen on IPv4 addresses, and the one by which ssh came in is the one that is known to work
+        options = ["-4", "-o", "BatchMode=yes", "-o", f"ConnectTimeout={TIMEOUT_S:.0f}"]
         try:
             self.process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, bufsize=0
-            )
+                [*ssh, *options, *port, self.login, there],
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, bufsize=0,
+            )  # fmt: skip
         except OSError as error:
             raise PeerError(f"--peer {self.text}: cannot run {ssh[0]}: {error.strerror}") from error
         assert self.process.stdin is not None and self.process.stdout is not None
-        said: List[bytes] = []
         with contextlib.suppress(BrokenPipeError):
             self.process.stdin.write(self.secret.hex().encode() + b"\n")
+        said: List[Tuple[str, int]] = []
         stdout = self.process.stdout
-        reader = threading.Thread(target=lambda: said.append(stdout.readline()), daemon=True)
+        reader = threading.Thread(target=lambda: said.extend(_announced(stdout)), daemon=True)
         reader.start()
         reader.join(SSH_TIMEOUT_S)
-        host, _, number = (said[0].decode(errors="replace").strip() if said else "").rpartition(":")
-        if not host or not number.isdigit():
+        if not said:
             raise PeerError(f"--peer {self.text}: no peer was started there: {self._complaint()}")
-        return host, int(number)
+        return said[0]
 
     def _complaint(self) -> str:
+        """What ssh or the other side said last, and what helps against it."""
+        assert self.process is not None
+        status: Optional[int] = None
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            status = self.process.wait(1.0)
         self.errors.seek(0)
         lines = self.errors.read().decode(errors="replace").strip().splitlines()
-        return lines[-1].removeprefix("kvmove: ") if lines else "it says nothing"
+        last = lines[-1].strip().removeprefix("kvmove: ") if lines else ""
+        if status is None:
+            return f"{last or 'it says nothing'}, after {SSH_TIMEOUT_S:.0f} s"
+        path = "ssh://[USER@]HOST[:PORT]/PATH/TO/kvmove, or to the python of its environment"
+        if status in (126, 127):  # a shell's: it cannot be run, it is not there
+            return f"{last or f'{self.command} cannot be run'}; expected {path}"
+        if "No module named kvmove" in last:
+            return f"{last}; it takes pip install 'kvmove[real]' there"
+        if "Host key verification failed" in last:
+            return f"{last} Its key is not known here, or has changed: `ssh {self.login}` once by hand tells which"
+        if "Permission denied" in last:
+            return f"{last} Expected a key that it lets in without asking; passwords are not asked for"
+        return last or f"ssh ended with status {status} and said nothing"
+
+
+def _announced(lines: Iterable[bytes]) -> Iterator[Tuple[str, int]]:
+    """The address that a peer prints, behind whatever a login there prints before it."""
+    for line in lines:
+        found = _ADDRESS.fullmatch(line.strip())
+        if found:
+            yield found[1].decode(), int(found[2])
+            return
 
 
 def place(aways: List[Away], instances: List[str]) -> List[str]:

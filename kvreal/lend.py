@@ -43,6 +43,8 @@ MAX_STRANGERS: Final = 32
 MAX_NODES: Final = 256
 """Processes lent at a time."""
 PIECE_BYTES: Final = 8 << 20
+SILENCE_S: Final = 20
+"""After which a connection to a machine that is not heard any more is over."""
 #: What a borrower may set of a node's environment: what its transports read, by the beginning of its name.
 SETTABLE: Final = ("UCX_", "NIXL_", "KVMOVE_", "MC_", "CUDA_VISIBLE_DEVICES")
 FOLDER: Final = "kvmove-peer-"
@@ -142,6 +144,16 @@ Answered = Union[Reading, Seen, Piece, Declined]
 encode: Final = msgspec.msgpack.Encoder().encode
 _first: Final = msgspec.msgpack.Decoder(First).decode
 _asked: Final = msgspec.msgpack.Decoder(Asked).decode
+
+
+def watch_over(sock: socket.socket) -> None:
+    """A connection of a loan ends also when the other machine, or the way to it, goes without a word."""
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, SILENCE_S // 4)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, SILENCE_S // 4)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, SILENCE_S * 1000)  # with words under way
 
 
 def version() -> str:
@@ -275,8 +287,7 @@ class Peer:
         with sock:
             try:
                 sock.settimeout(PROVE_TIMEOUT_S)
-                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+                watch_over(sock)
                 dialled = Answering(self.secret, sock, MAX_FIRST)
                 first = _first(dialled.read())
                 sock.settimeout(None)
@@ -321,7 +332,7 @@ class Peer:
             )
             while True:
                 send_message(dialled.sock, encode(loan.answer(_asked(read_message(dialled.sock, MAX_FIRST)))))
-        except (ConnectionError, msgspec.MsgspecError):
+        except (OSError, msgspec.MsgspecError):
             pass  # however a loan ends, what follows is the same
         finally:
             loan.end()

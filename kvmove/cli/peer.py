@@ -97,6 +97,8 @@ def _address(listen: str) -> tuple[str, int]:
             raise UserError(
                 "--listen ssh: this was not started by ssh (there is no SSH_CONNECTION), expected HOST:PORT"
             )
+        if ":" in parts[2]:
+            raise UserError(f"--listen ssh: ssh came in by IPv6 ({parts[2]}), and nodes speak IPv4: expected `ssh -4`")
         return parts[2], 0
     host, _, port = listen.rpartition(":")
     if not host or not port.isdigit() or int(port) > 65535:

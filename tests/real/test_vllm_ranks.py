@@ -21,7 +21,7 @@ pytestmark = pytest.mark.real
 pytest.importorskip("torch", reason="torch is not installed: pip install 'kvmove[real]'")
 
 from kvreal.engines.vllm.worker import Child, StartError  # noqa: E402
-from tests.real.vllm_harness import BLOCK, BLOCK_BYTES, SPACE, Harness, same, until  # noqa: E402
+from tests.real.vllm_harness import BLOCK, BLOCK_BYTES, SPACE, Harness, same, stderr_in, until  # noqa: E402
 
 
 @pytest.fixture
@@ -129,26 +129,19 @@ def test_a_rank_that_is_moved_to_dies_and_the_source_keeps_all(harness: Callable
 
 
 def test_the_second_with_an_id_is_told_and_registered_once_the_first_has_gone(
-    harness: Callable[..., Harness], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    harness: Callable[..., Harness], tmp_path: Path
 ) -> None:
     from examples.vllm.stage import Stage
 
-    said = ""
-
-    def says(what: str) -> bool:
-        nonlocal said
-        said += capfd.readouterr().err
-        return what in said
-
-    with Stage(tmp_path / "stage", tmp_path) as stage:
+    with Stage(tmp_path / "stage", tmp_path) as stage, stderr_in(tmp_path / "stderr") as said:
         stage.controller()
         first = harness(pull=stage.pull)
         stage.registered("one")
         first.serve(list(range(16)), [1, 2, 3, 4])
         stage.stored("one", list(range(16)))
         second = harness(pull=stage.pull)
-        until(lambda: says("the instance one is there already"))
-        assert "The engine serves on" in said
+        until(lambda: "the instance one is there already" in said.read_text())
+        assert "The engine serves on" in said.read_text()
         other = list(range(50, 66))
         second.serve(other, [1, 2, 3, 4])
         assert second.serve(other, [5, 6, 7, 8]) == 15  # for itself

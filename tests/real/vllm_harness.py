@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -29,6 +31,20 @@ def until(condition: Callable[[], Any], within_s: float = 20.0) -> None:
     while not condition():
         assert time.monotonic() < end, "it has not come about"
         time.sleep(0.005)
+
+
+@contextmanager
+def stderr_in(path: Path) -> Iterator[Path]:
+    """What this process and those that it starts say to stderr is in ``path``. To be read while they speak: pytest's
+    own capture empties its file after each reading, and a line that another process writes just then is lost."""
+    before = os.dup(2)
+    with path.open("ab") as file:
+        os.dup2(file.fileno(), 2)
+    try:
+        yield path
+    finally:
+        os.dup2(before, 2)
+        os.close(before)
 
 
 class Harness:
