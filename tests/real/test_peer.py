@@ -159,6 +159,16 @@ def test_a_peer_that_is_killed_takes_its_nodes_along_too(
     assert not folder.exists()  # the next one does
 
 
+def test_a_connection_to_nowhere_ends() -> None:
+    """The other machine, or the way to it, may go without a word: no connection of a loan waits for it for ever."""
+    with socket.socket() as sock:
+        lend.watch_over(sock)
+        silent = [socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL]
+        assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+        assert sum(sock.getsockopt(socket.IPPROTO_TCP, one) for one in silent) <= lend.SILENCE_S
+        assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == lend.SILENCE_S * 1000
+
+
 def test_strangers_are_hung_up_on(tmp_path: Path, waiting: tuple[Command, tuple[str, int], bytes]) -> None:
     command, address, secret = waiting
     with pytest.raises(PeerError, match="it does not know our secret"):
@@ -220,11 +230,12 @@ def test_the_clusters_keys_will_do(tmp_path: Path, start: Callable[..., Command]
 SSH = """#!{python}
 import os, shlex, subprocess, sys
 words = sys.argv[1:]
-assert words[:2] == ["-o", "BatchMode=yes"], words
+assert words[:3] == ["-4", "-o", "BatchMode=yes"], words
 command = shlex.split(words[-1])
 if words[-2] == "nobody@127.0.0.1":
     sys.exit("nobody@127.0.0.1: Permission denied (publickey).")
 os.environ["SSH_CONNECTION"] = "127.0.0.1 1 127.0.0.1 22"
+print("Welcome to the other machine: 12:30", flush=True)
 sys.exit(subprocess.call([sys.executable, "-m", *command]))
 """
 
@@ -289,6 +300,7 @@ def test_bad_input(argv: list[str], said: str, tmp_path: Path, capsys: pytest.Ca
         (["--listen", "127.0.0.1:0"], "expected --token FILE or --keys DIR"),
         (["--listen", "nonsense", "--token", "T"], "expected HOST:PORT"),
         (["--listen", "ssh", "--token", "T"], "there is no SSH_CONNECTION"),
+        (["--listen", "ssh:", "--token", "T"], "expected HOST:PORT"),
         (["--listen", "192.0.2.1:0", "--token", "T"], "cannot listen at 192.0.2.1:0"),
         (["--listen", "127.0.0.1:0", "--keys", "/nowhere"], "cannot read the key"),
     ],
