@@ -27,7 +27,7 @@ from kvcore.protocol.messages import (
     Suspect,
     Terms,
 )
-from kvcore.protocol.pool import Pool, parent_of
+from kvcore.protocol.pool import FEW, Pool, parent_of
 
 
 @final
@@ -59,6 +59,10 @@ class Reservation:
         self.via: str = ""
         self.chosen: str = ""
 
+    def present(self) -> Tuple[int, ...]:
+        """Which of its keys were here already, by position."""
+        return () if min(self.own) >= 0 else tuple([i for i, slot in enumerate(self.own) if slot < 0])
+
     def to_copy(self) -> Tuple[Tuple[int, ...], Tuple[int, ...], Tuple[int, ...], Tuple[Key, ...]]:
         """(my slots, the source's slots, lens in tokens, keys) of the chunks that were not here."""
         own = self.own
@@ -89,17 +93,17 @@ class Quarantine:
 class Retention:
     """From commit until the event is over: its keys are not evicted here."""
 
-    def __init__(self, r: Reservation, keys: Tuple[Key, ...]) -> None:
+    def __init__(self, r: Reservation, keys: Tuple[Key, ...], slots: List[int]) -> None:
         pool = r.pool
         self.pool: Pool = pool
         #: how many chunks were counted; that all of them are here is what H07 and H19 see to
         self.n: int = len(r.keys)
         self.keys: Tuple[Key, ...] = keys
-        self.slots: List[int] = [pool.index[key].slot for key in keys]
+        self.slots: List[int] = slots
         self.inc: Inc = pool.inc
         self.rid: Rid = r.rid
         self.retain_ns: int = r.retain_ns
-        self.present: Tuple[int, ...] = tuple([i for i, slot in enumerate(r.own) if slot < 0])
+        self.present: Tuple[int, ...] = r.present()
         self.via: str = r.via
         self.chosen: str = r.chosen
 
@@ -163,9 +167,8 @@ class Destination:
         index = pool.index
         want = len(m.keys)
         held = [-1] * want
-        own = [-1] * want
         # First hold what is here, so that fitting the rest can never evict the prompt's own head (H07, H19).
-        if index:
+        if not index.keys().isdisjoint(m.keys):
             for i in range(want):
                 entry = index.get(m.keys[i])
                 # Leaving is not there: a chunk under a deleting pin is copied anew (H02).
@@ -173,14 +176,8 @@ class Destination:
                     held[i] = entry.slot
                     if rules.h07 and rules.h19:
                         pool.ref(entry.slot)
-        n = 0
-        while n < want:
-            if held[n] < 0:
-                slot = pool.take(m.evict)
-                if slot < 0:
-                    break
-                own[n] = slot
-            n += 1
+        own = pool.take_for(held, m.evict)
+        n = len(own)
         if not (rules.h07 and rules.h19):
             self._hold_late(pool, m.keys, held)
         for i in range(n, want):
@@ -192,7 +189,7 @@ class Destination:
                 out.append(Send(src, Refused(m.event, "Fetch", "full", pool.inc, have, f"{want} chunks")))
             return
         self.counter += 1
-        reservation = Reservation((self.epoch, self.counter), pool, m, n, held[:n], own[:n], src)
+        reservation = Reservation((self.epoch, self.counter), pool, m, n, held[:n], own, src)
         out.append(Send(src, Reserved(m.event, pool.inc, n)))
         if max(reservation.own) < 0:
             self._commit(now, reservation, out)
@@ -297,17 +294,13 @@ class Destination:
 
     def _unhold(self, r: Reservation) -> None:
         if self.config.rules.h07:
-            for slot in r.held:
-                if slot >= 0:
-                    r.pool.unref(slot)
+            r.pool.unref_all([slot for slot in r.held if slot >= 0])
 
     def _refuse(self, r: Reservation, why: str, out: List[Effect], detail: str = "") -> None:
         """Its writer has ended, so its slots are free at once. Never tried again under this event (H31)."""
         self._forget(r)
         self._unhold(r)
-        for slot in r.own:
-            if slot >= 0:
-                r.pool.unref(slot)
+        r.pool.unref_all([slot for slot in r.own if slot >= 0])
         out.append(Send(r.controller, Refused(r.event, "Fetch", why, r.pool.inc, detail)))
 
     def _commit(self, now: int, r: Reservation, out: List[Effect]) -> None:
@@ -315,7 +308,13 @@ class Destination:
         self._forget(r)
         pool = r.pool
         index = pool.index
-        for i in range(len(r.keys) - 1, -1, -1):
+        first = len(r.keys)
+        if first >= FEW:
+            new = pool.new_from(r.keys)
+            if min(r.own[new:], default=0) >= 0:  # else, without h07 or h19, some were counted, but have gone
+                pool.put_all(r.keys, r.own, r.lens, new, now)
+                first = new
+        for i in range(first - 1, -1, -1):
             key = r.keys[i]
             slot = r.own[i]
             entry = index.get(key)
@@ -344,16 +343,13 @@ class Destination:
     def _retain(self, now: int, r: Reservation) -> Retention:
         index = r.pool.index
         # Without h07 or h19 a counted key may be gone.
-        keys = tuple([key for key in r.keys if key in index])
-        retention = Retention(r, keys)
+        try:
+            retention = Retention(r, r.keys, [index[key].slot for key in r.keys])
+        except KeyError:
+            keys = tuple([key for key in r.keys if key in index])
+            retention = Retention(r, keys, [index[key].slot for key in keys])
         self.retentions[r.event] = retention
-        retained = r.pool.retained
-        for key, slot in zip(keys, retention.slots):
-            held = retained.get(key)
-            if held is None:
-                retained[key] = [slot]
-            else:
-                held.append(slot)
+        r.pool.retain(retention.keys, retention.slots)
         self.timers.set(("retention", r.event, 0), now + r.retain_ns)
         return retention
 
@@ -363,13 +359,7 @@ class Destination:
     def _unretain(self, event: int) -> None:
         retention = self.retentions.pop(event)
         self.timers.cancel(("retention", event, 0))
-        retained = retention.pool.retained
-        for key, slot in zip(retention.keys, retention.slots):
-            held = retained[key]
-            if len(held) == 1:
-                del retained[key]
-            else:
-                held.remove(slot)
+        retention.pool.unretain(retention.keys, retention.slots)
 
     def on_retain(self, now: int, src: str, m: Retain, out: List[Effect]) -> None:
         retention = self.retentions.get(m.event)
@@ -417,8 +407,7 @@ class Destination:
         slots = [slot for slot in r.own if slot >= 0]
         writer_gone = r.push and self.gone.get(r.src, 0) >= r.src_epoch
         if r.fencing or writer_gone or not self.config.rules.h12:
-            for slot in slots:
-                r.pool.unref(slot)
+            r.pool.unref_all(slots)
             if not r.fencing and not r.push:
                 out.append(AbortCopy(r.rid))
             return
@@ -434,8 +423,7 @@ class Destination:
         quarantine = self.quarantines.pop(rid, None)
         if quarantine is not None:
             self.timers.cancel(("quarantine", rid[0], rid[1]))
-            for slot in quarantine.slots:
-                quarantine.pool.unref(slot)
+            quarantine.pool.unref_all(quarantine.slots)
 
     def on_quarantine_timer(self, now: int, name: Tuple[str, int, int], out: List[Effect]) -> None:
         rid = (name[1], name[2])

@@ -7,7 +7,7 @@ from typing import Dict, List, Tuple, Union, final
 from kvcore.protocol.config import Config
 from kvcore.protocol.machine import Effect, FillDone, Note, ReadDone, Send, StartFill, StartRead, Timers
 from kvcore.protocol.messages import Answer, Held, Hold, Key, StoreRequest, Unhold, UseRequest
-from kvcore.protocol.pool import Pool, parent_of
+from kvcore.protocol.pool import Pool, count_down, count_up, parent_of
 
 
 @final
@@ -58,7 +58,6 @@ class Engine:
             out.append(Send(src, Answer(m.op, "refused", reason="unknown_location", detail=", ".join(self.pools))))
             return
         held: List[int] = []
-        own: List[int] = []
         for key in m.keys:
             entry = pool.index.get(key)
             if entry is not None:
@@ -66,14 +65,8 @@ class Engine:
                 held.append(entry.slot)
             else:
                 held.append(-1)
-        for i in range(len(m.keys)):
-            slot = pool.take(True) if held[i] < 0 else -1
-            if slot < 0 and held[i] < 0:
-                break
-            own.append(slot)
-        for slot in held[len(own) :]:
-            if slot >= 0:
-                pool.unref(slot)
+        own = pool.take_for(held, True)
+        pool.unref_all([slot for slot in held[len(own) :] if slot >= 0])
         fill = Fill(src, m, pool, held[: len(own)], own)
         if not own:
             out.append(Send(src, Answer(m.op, "refused", reason="full", detail=f"{pool.slots} slots")))
@@ -100,15 +93,19 @@ class Engine:
         if item.ok and fill.clears == fill.pool.clears:
             self._stored(now, fill, out)
             return
-        for slot in fill.own + fill.held:
-            if slot >= 0:
-                fill.pool.unref(slot)
+        fill.pool.unref_all([slot for slot in fill.own + fill.held if slot >= 0])
         why = "cleared" if item.ok else "store_failed"
         out.append(Send(fill.client, Answer(fill.op, "refused", reason=why)))
 
     def _stored(self, now: int, fill: Fill, out: List[Effect]) -> None:
         pool = fill.pool
-        for i in range(len(fill.own) - 1, -1, -1):
+        keys = fill.keys[: len(fill.own)]
+        first = pool.new_from(keys)
+        if min(fill.own[first:], default=0) >= 0:
+            pool.put_all(keys, fill.own, fill.lens, first, now)
+        else:  # what was here has gone meanwhile
+            first = len(keys)
+        for i in range(first - 1, -1, -1):
             key = fill.keys[i]
             slot = fill.own[i] if fill.own[i] >= 0 else fill.held[i]
             if key in pool.index:
@@ -140,8 +137,7 @@ class Engine:
         if read is None:
             return  # said twice
         if self.config.rules.h27:
-            for slot in read.slots:
-                read.pool.unref(slot)
+            read.pool.unref_all(read.slots)
         if item.ok:
             answer = Answer(read.op, "ok", num_tokens=read.num_tokens, n=len(read.slots))
         else:
@@ -159,9 +155,8 @@ class Engine:
                 out.append(Send(src, Held(m.event, 0)))
                 return
             hold = self.holds[m.event] = UserPin(pool, slots)
-            for slot in slots:
-                pool.ref(slot)
-                pool.user[slot] = pool.user.get(slot, 0) + 1
+            pool.ref_all(slots)
+            count_up(pool.user, slots)
         self.timers.set(("hold", m.event, 0), now + m.lease_ns)
         out.append(Send(src, Held(m.event, len(hold.slots))))
 
@@ -182,14 +177,8 @@ class Engine:
         if hold is None:
             return
         self.timers.cancel(("hold", event, 0))
-        user = hold.pool.user
-        for slot in hold.slots:
-            left = user[slot] - 1
-            if left:
-                user[slot] = left
-            else:
-                del user[slot]
-            hold.pool.unref(slot)
+        count_down(hold.pool.user, hold.slots)
+        hold.pool.unref_all(hold.slots)
 
     def pending(self) -> List[str]:
         fills = [f"store {fill.op} is being written" for fill in self.fills.values()]

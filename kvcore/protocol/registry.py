@@ -10,6 +10,7 @@ from typing import Dict, List, Optional, Sequence, Tuple, final
 
 from kvcore.protocol.config import Config
 from kvcore.protocol.messages import Beat, Delta, Entry, Found, Inc, Key, Position, Register, Snap
+from kvcore.protocol.pool import FEW
 
 
 @final
@@ -62,7 +63,8 @@ class Registry:
         #: the same by rank number
         self.waiting: Dict[int, List[Rank]] = {}
         self.places: Dict[Position, Place] = {}
-        #: key -> place -> number of its ranks that hold the key
+        #: key -> place -> number of its ranks that hold the key. A table is never changed, but replaced: keys that came
+        #: together share one.
         self.holders: Dict[Key, Dict[Place, int]] = {}
         self.numbers: Dict[Tuple[str, int], int] = {}
 
@@ -153,30 +155,34 @@ class Registry:
         return ranks, "", ""
 
     # ---- the view
-    def _add(self, view: View, entry: Entry) -> None:
-        if entry.key not in view.entries:
-            held = self.holders.get(entry.key)
-            if held is None:
-                self.holders[entry.key] = {view.place: 1}
-            else:
-                held[view.place] = held.get(view.place, 0) + 1
-        view.entries[entry.key] = entry
+    def _add(self, view: View, entries: Sequence[Entry]) -> None:
+        added = {entry.key: entry for entry in entries}
+        held = view.entries
+        self._count(view.place, [key for key in added if key not in held], 1)
+        held.update(added)
 
-    def _remove(self, view: View, key: Key) -> None:
-        if view.entries.pop(key, None) is None:
-            return
-        held = self.holders[key]
-        left = held[view.place] - 1
-        if left:
-            held[view.place] = left
-        else:
-            del held[view.place]
-            if not held:
-                del self.holders[key]
+    def _remove(self, view: View, keys: Sequence[Key]) -> None:
+        pop = view.entries.pop
+        self._count(view.place, [key for key in keys if pop(key, None) is not None], -1)
+
+    def _count(self, place: Place, keys: Sequence[Key], by: int) -> None:
+        """So many more of a place's ranks hold each of these keys."""
+        holders = self.holders
+        if len(keys) >= FEW:
+            before = list(map(holders.get, keys))
+            table = _counted(before[0], place, by)
+            if table and before.count(before[0]) == len(before):  # they came together, and change together
+                holders.update(dict.fromkeys(keys, table))
+                return
+        for key in keys:
+            table = _counted(holders.get(key), place, by)
+            if table:
+                holders[key] = table
+            else:
+                del holders[key]
 
     def _empty(self, view: View) -> None:
-        for key in list(view.entries):
-            self._remove(view, key)
+        self._remove(view, list(view.entries))
 
     def reset(self, view: View, inc: Inc) -> None:
         """The location has begun a new incarnation, empty as far as I know."""
@@ -191,20 +197,18 @@ class Registry:
         if m.seq != view.seq + 1:
             return False
         view.seq = m.seq
-        for key in m.drops:
-            self._remove(view, key)
-        for entry in m.adds:
-            self._add(view, entry)
+        if m.drops:
+            self._remove(view, m.drops)
+        if m.adds:
+            self._add(view, m.adds)
         return True
 
     def snap(self, view: View, m: Snap) -> None:
         if m.inc != view.inc or m.seq < view.seq:
             return
         new = {entry.key: None for entry in m.entries}
-        for key in [key for key in view.entries if key not in new]:
-            self._remove(view, key)
-        for entry in m.entries:
-            self._add(view, entry)
+        self._remove(view, [key for key in view.entries if key not in new])
+        self._add(view, m.entries)
         view.seq = m.seq
 
     def beat(self, rank: Rank, m: Beat) -> List[str]:
@@ -272,3 +276,16 @@ class Registry:
                 chain.reverse()
                 chains.append((tuple(e.key for e in chain), tuple(e.num_tokens for e in chain)))
         return chains
+
+
+def _counted(held: Optional[Dict[Place, int]], place: Place, by: int) -> Dict[Place, int]:
+    """A new table: ``held``, with so many more of a place's ranks."""
+    if held is None:
+        return {place: by}
+    left = held.get(place, 0) + by
+    if not left and len(held) == 1:
+        return {}
+    table = {**held, place: left}
+    if not left:
+        del table[place]
+    return table

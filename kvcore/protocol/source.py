@@ -28,7 +28,7 @@ from kvcore.protocol.messages import (
     Stop,
     Stopped,
 )
-from kvcore.protocol.pool import Pool
+from kvcore.protocol.pool import FEW, Pool, count_down, count_up
 
 
 @final
@@ -96,12 +96,9 @@ class Source:
             pin = PinState(m.event, pid, pool, m.keys, slots, m.move)
             self.pins[m.event] = pin
             self.alive[pid] = m.event
-            refs = pool.refs
-            moving = pool.moving
-            for slot in slots:
-                refs[slot] += 1
-                if m.move:
-                    moving[slot] = moving.get(slot, 0) + 1
+            pool.ref_all(slots)
+            if m.move:
+                count_up(pool.moving, slots)
             pin.lease_ns = m.lease_ns
             self._lease(now, pin)
         elif not self.config.rules.h39:
@@ -135,15 +132,8 @@ class Source:
         self.timers.cancel(("lease", event, 0))
         pool = pin.pool
         if pin.move:
-            moving = pool.moving
-            for slot in pin.slots:
-                left = moving[slot] - 1
-                if left:
-                    moving[slot] = left
-                else:
-                    del moving[slot]
-        for slot in pin.slots:
-            pool.unref(slot)
+            count_down(pool.moving, pin.slots)
+        pool.unref_all(pin.slots)
         if not self.config.rules.h04:
             self.finished[event] = pin
         return pin
@@ -169,6 +159,8 @@ class Source:
         why = ""
         if m.delete:
             n = m.n if rules.h21 else len(pin.slots)
+            if n >= FEW and pin.pool.drop_all(pin.keys[:n], pin.slots[:n]):
+                deleted, n = n, 0
             for i in range(n - 1, -1, -1):
                 reason = self._keeps(pin, i)
                 if reason:
