@@ -11,10 +11,9 @@ from msgspec.structs import replace
 
 from kvcore.scenario.profile import CopyCost, Profile
 from kvmove.calibrate.plan import Part
-from kvmove.calibrate.samples import Kind, Samples, Spread, Timed, spread
+from kvmove.calibrate.samples import CPU, Kind, Samples, Spread, Timed, kind_of, spread
 from kvmove.calibrate.solve import simulated, to_ns, to_rate
 
-CPU: Final[Kind] = ("cpu", "cpu", False)
 SHARED_FROM: Final = 32 << 20
 """Bytes: smaller copies may stay in a cache, and share nothing."""
 FIXED_UP_TO: Final = 4 << 20
@@ -30,7 +29,7 @@ Sizes = dict[tuple[int, int], list[Timed]]
 def copies_of(profile: Profile, samples: Samples, parts: dict[str, Part], spreads: dict[str, Spread]) -> list[CopyCost]:
     """One entry a kind of pair; what chunks cost, and what copies share, is measured between CPU memories."""
     descriptor_ns = _descriptor_ns(profile, samples, parts, spreads)
-    found = _curves(profile, samples, descriptor_ns, spreads, inside=False)
+    found = _curves(profile, samples, parts, descriptor_ns, spreads, inside=False)
     shared = _shared(found, samples, spreads)
     first_ns = _first_ns(samples, spreads)
     return [replace(cost, first_ns=first_ns, **shared) for cost in found]
@@ -42,18 +41,39 @@ def copies_inside(
     """Within one process: no transport has a part in it, so all of them have measured it."""
     every = Samples(INSIDE)
     every.moves = [one for each in samples for one in each.moves if one.ask.inside]
-    return _curves(profile, every, descriptor_ns, spreads, inside=True)
+    return _curves(profile, every, {}, descriptor_ns, spreads, inside=True)
 
 
 def _curves(
-    profile: Profile, samples: Samples, descriptor_ns: int, spreads: dict[str, Spread], inside: bool
+    profile: Profile,
+    samples: Samples,
+    parts: dict[str, Part],
+    descriptor_ns: int,
+    spreads: dict[str, Spread],
+    inside: bool,
 ) -> list[CopyCost]:
     found: list[CopyCost] = []
     for kind in samples.kinds():
-        sizes = samples.of("sizes" if kind == CPU else "kinds", kind)
+        what = "sizes" if kind[:3] == CPU[:3] else "kinds"
+        sizes = samples.of(what, kind)
         if sizes and kind[2] == inside:
-            found.append(_curve(profile, samples, kind, sizes, descriptor_ns, spreads))
+            asked = _asking_ns(profile, parts[f"{what}-push"]) if kind[3] else {}
+            found.append(_curve(profile, samples, kind, sizes, asked, descriptor_ns, spreads))
     return found
+
+
+def _asking_ns(profile: Profile, part: Part) -> dict[tuple[int, int], float]:
+    """What of a push's time the simulator has already: the source is asked, and says when it is done. By (bytes,
+    chunks)."""
+    found: dict[tuple[int, int], list[float]] = {}
+    for one in simulated(_free(profile), part):
+        found.setdefault((one.ask.nbytes, one.ask.chunks), []).append(_bytes_phase(one))
+    return {size: median(times) for size, times in found.items()}
+
+
+def _free(profile: Profile) -> Profile:
+    """The same machine, on which copies cost nothing."""
+    return replace(profile, transfer_ns=0, descriptor_ns=0, copy_bytes_per_s=1e17, host_bytes_per_s=1e17, copies=())
 
 
 def _first_ns(samples: Samples, spreads: dict[str, Spread]) -> int:
@@ -62,11 +82,8 @@ def _first_ns(samples: Samples, spreads: dict[str, Spread]) -> int:
     if not later:
         return 0
     smallest = min(later)
-    firsts = [
-        _bytes_phase(one)
-        for one in samples.moves
-        if one.first and one.ask.what == "sizes" and (one.ask.nbytes, one.ask.chunks) == smallest
-    ]
+    alike = [one for one in samples.moves if one.ask.what == "sizes" and kind_of(one.ask) == CPU]
+    firsts = [_bytes_phase(one) for one in alike if one.first and (one.ask.nbytes, one.ask.chunks) == smallest]
     if not firsts:
         return 0
     spreads[f"{samples.transport} first_ns"] = spread(firsts)
@@ -83,8 +100,7 @@ def _descriptor_ns(profile: Profile, samples: Samples, parts: dict[str, Part], s
         _bytes_phase(one) for one in sizes[(many, count)]
     )
     more = median(map(_bytes_phase, sizes[(many, count)])) - median(map(_bytes_phase, sizes[min(sizes)]))
-    free = replace(profile, transfer_ns=0, descriptor_ns=0, copy_bytes_per_s=1e17, host_bytes_per_s=1e17)
-    for one in simulated(free, parts["chunks"]):
+    for one in simulated(_free(profile), parts["chunks"]):
         if one.ask.chunks == count:
             more -= _bytes_phase(one)
             break
@@ -107,22 +123,30 @@ def _copy(one: Timed) -> float:
 
 def label(transport: str, kind: Kind) -> str:
     """Such copies' name in ``Fitted.spreads``."""
-    source, target, inside = kind
-    return f"{transport} {source}-{target}{' inside' if inside else ''}"
+    source, target, inside, push = kind
+    return f"{transport} {source}-{target}{' inside' if inside else ''}{' pushed' if push else ''}"
 
 
 def _curve(
-    profile: Profile, samples: Samples, kind: Kind, sizes: Sizes, descriptor_ns: int, spreads: dict[str, Spread]
+    profile: Profile,
+    samples: Samples,
+    kind: Kind,
+    sizes: Sizes,
+    asked: dict[tuple[int, int], float],
+    descriptor_ns: int,
+    spreads: dict[str, Spread],
 ) -> CopyCost:
-    """Fixed costs and rates: what the small sizes' times come to at 0 bytes is fixed, the rest is the bytes' own."""
-    source, target, inside = kind
+    """Fixed costs and rates: what the small sizes' times come to at 0 bytes is fixed, the rest is the bytes' own.
+    ``asked``: what of them is not the copy's, ns by size; else a service time."""
+    source, target, inside, push = kind
     name = label(samples.transport, kind)
     queues = [one.queue_ns for group in sizes.values() for one in group if one.ask.chunks == 1]
     spreads[f"{name} queue_ns"] = spread(queues)
     times: list[tuple[int, float]] = []
     for (nbytes, count), group in sizes.items():
+        besides = asked.get((nbytes, count), profile.service_ns)
         spreads[f"{name} {nbytes}"] = spread(nbytes * 1e9 / max(1, one.copy_ns) for one in group)
-        times.append((nbytes, median(map(_copy, group)) - profile.service_ns - count * descriptor_ns))
+        times.append((nbytes, median(map(_copy, group)) - besides - count * descriptor_ns))
     fixed = _height([one for one in times if one[0] <= FIXED_UP_TO] or times[:1])
     rates: list[tuple[int, float]] = []
     least_ns = float("inf")
@@ -135,6 +159,7 @@ def _curve(
         source=source,
         target=target,
         inside=inside,
+        push=push,
         queue_ns=to_ns(median(queues)),
         copy_ns=to_ns(fixed),
         descriptor_ns=descriptor_ns,

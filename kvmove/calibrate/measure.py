@@ -94,7 +94,7 @@ class Measuring:
             raise RealUnavailable(f"nothing could be measured here: {whys or 'no transport is available'}")
         asked = {(one.source, one.target) for one in self.parts["kinds"].asks.values()} if "kinds" in self.parts else ()
         for samples in self.samples:
-            done = {(source, target) for source, target, _ in samples.kinds()}
+            done = {(source, target) for source, target, *_ in samples.kinds()}
             for source, target in sorted(set(asked) - done if not self.budget.quick else ()):
                 self.lacking[f"{samples.transport} {source} to {target}"] = "no such move was done"
 
@@ -136,10 +136,13 @@ class Measuring:
         budget = self.budget
         for _ in range(SELDOM):
             yield plan.seldom()
-        yield plan.sizes(budget.largest, budget.quick, ROUNDS)
+        for push in (False, True):
+            yield plan.sizes(budget.largest, budget.quick, ROUNDS, push)
         yield plan.chunks(ROUNDS)
         if first or not budget.quick:
             yield plan.kinds(budget.kinds, ROUNDS)
+        if not budget.quick:
+            yield plan.kinds(budget.kinds, ROUNDS, push=True)
         yield plan.contended(ROUNDS)
         for count in (1, 2):
             yield plan.ranks(count, 4 * ROUNDS)

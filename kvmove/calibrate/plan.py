@@ -48,6 +48,8 @@ class Ask(msgspec.Struct, frozen=True):
     """From which instance to which."""
     group: int = 0
     """Moves of one group are under way at once."""
+    push: bool = False
+    """The source carries the bytes."""
 
 
 class Part(msgspec.Struct, frozen=True):
@@ -62,18 +64,27 @@ class Writer:
     """Builds one part."""
 
     def __init__(
-        self, name: str, chunk_bytes: int, token_bytes: int, instances: dict[str, dict[str, int]], ranks: int = 1
+        self,
+        name: str,
+        chunk_bytes: int,
+        token_bytes: int,
+        instances: dict[str, dict[str, int]],
+        ranks: int = 1,
+        push: bool = False,
     ) -> None:
-        """``instances``: of each, the bytes that each kind of location must have room for."""
+        """``instances``: of each, the bytes that each kind of location must have room for. ``push``: sources carry the
+        bytes; the part then has a name of its own."""
         self.name: str = name
         self.token_bytes: int = token_bytes
         self.chunk_tokens: int = chunk_bytes // token_bytes
         self.ranks: int = ranks
+        self.push: bool = push
         self.steps: list[str] = []
         self.asks: dict[str, Ask] = {}
         self.head: list[str] = [
             f"name: calibrate-{name}",
-            f"kv: {{bytes_per_token: {token_bytes} B, chunk: {self.chunk_tokens} tokens}}",
+            f"kv: {{bytes_per_token: {token_bytes} B, chunk: {self.chunk_tokens} tokens,"
+            f" direction: {'push' if push else 'read'}}}",
             "instances:",
         ]
         for instance, places in instances.items():
@@ -100,8 +111,9 @@ class Writer:
         chunks = -(-nbytes // (self.chunk_tokens * self.token_bytes))
         inside = source[0] == target[0]
         self.asks[name] = Ask(
-            self.name, source[1], target[1], inside, nbytes // self.ranks, chunks, f"{source[0]}-{target[0]}", group
-        )
+            self.name, source[1], target[1], inside, nbytes // self.ranks, chunks, f"{source[0]}-{target[0]}", group,
+            self.push and not inside,
+        )  # fmt: skip
         places = [f"{instance}/{LOCATIONS[kind]}" for instance, kind in (source, target)]
         also = ", background: true" if group else ""
         self.steps.append(f"move: {{from: {places[0]}, to: {places[1]}, prompt: {prompt}, as: {name}{also}}}")
@@ -114,7 +126,7 @@ class Writer:
 
     def part(self) -> Part:
         text = "\n".join([*self.head, "steps:", *(f"  - {step}" for step in self.steps), ""])
-        return Part(self.name, build(expand(loads(text, self.name))), self.asks)
+        return Part(f"{self.name}-push" if self.push else self.name, build(expand(loads(text, self.name))), self.asks)
 
 
 def turn(number: int) -> tuple[str, str]:
@@ -122,11 +134,11 @@ def turn(number: int) -> tuple[str, str]:
     return ("a", "b") if number % 2 == 0 else ("b", "a")
 
 
-def sizes(largest: int, quick: bool, rounds: int) -> Part:
+def sizes(largest: int, quick: bool, rounds: int, push: bool = False) -> Part:
     """One chunk where 32 MiB suffice, from one CPU memory to another and back; read at the end."""
     chosen = [size for size in (QUICK_SIZES if quick else SIZES) if size <= largest]
     room = sum(max(size, LARGE_CHUNK) for size in [*chosen, LARGE_CHUNK])
-    writer = Writer("sizes", LARGE_CHUNK, 32 * KIB, {"a": {"cpu": room}, "b": {"cpu": room}})
+    writer = Writer("sizes", LARGE_CHUNK, 32 * KIB, {"a": {"cpu": room}, "b": {"cpu": room}}, push=push)
     writer.store("a", "cpu", OPENER, SIZES[0])
     for size in chosen:
         writer.store("a", "cpu", f"p{size}", size)
@@ -176,12 +188,13 @@ def chunks(rounds: int) -> Part:
     return writer.part()
 
 
-def kinds(pairs: Sequence[tuple[str, str, bool]], rounds: int) -> Part:
-    """(source, target, inside) there and back again, in a few sizes."""
+def kinds(pairs: Sequence[tuple[str, str, bool]], rounds: int, push: bool = False) -> Part:
+    """(source, target, inside) there and back again, in a few sizes. Pushed: those between two processes."""
+    pairs = [pair for pair in pairs if not (push and pair[2])]
     places = {kind for source, target, _ in pairs for kind in (source, target)}
     room = len(ELSEWHERE) * LARGE_CHUNK * (len(pairs) + 2)
     every = {kind: room for kind in LOCATIONS if kind in places}
-    writer = Writer("kinds", LARGE_CHUNK, 32 * KIB, {"a": every, "b": every})
+    writer = Writer("kinds", LARGE_CHUNK, 32 * KIB, {"a": every, "b": every}, push=push)
     prompts = {pair: {size: f"p-{number}-{size}" for size in ELSEWHERE} for number, pair in enumerate(pairs)}
     writer.store("a", "cpu", OPENER, SIZES[0])
     for (source, _, _), named in prompts.items():

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable
 from statistics import median, quantiles
+from typing import Final
 
 import msgspec
 
@@ -13,8 +14,9 @@ from kvcore.scenario.history import Line
 from kvcore.scenario.result import Result
 from kvmove.calibrate.plan import Ask, Part
 
-Kind = tuple[str, str, bool]
-"""(from, to, inside)"""
+Kind = tuple[str, str, bool, bool]
+"""(from, to, inside, push)"""
+CPU: Final[Kind] = ("cpu", "cpu", False, False)
 
 
 class Spread(msgspec.Struct, frozen=True):
@@ -93,18 +95,22 @@ class Samples:
                 self.together["process" if group % 2 else "host"].append(rate)
 
     # ---- asked by the fit
-    def of(self, what: str, kind: Kind = ("cpu", "cpu", False)) -> dict[tuple[int, int], list[Timed]]:
+    def of(self, what: str, kind: Kind = CPU) -> dict[tuple[int, int], list[Timed]]:
         """The moves of a part that were alone and not the first, by (bytes, chunks)."""
         found: dict[tuple[int, int], list[Timed]] = defaultdict(list)
         for one in self.moves:
             ask = one.ask
-            if ask.what == what and not ask.group and not one.first and (ask.source, ask.target, ask.inside) == kind:
+            if ask.what == what and not ask.group and not one.first and kind_of(ask) == kind:
                 found[(ask.nbytes, ask.chunks)].append(one)
         return dict(sorted(found.items()))
 
     def kinds(self) -> list[Kind]:
         asks = [one.ask for one in self.moves if one.ask.what in ("sizes", "kinds")]
-        return list(dict.fromkeys((ask.source, ask.target, ask.inside) for ask in asks))
+        return list(dict.fromkeys(map(kind_of, asks)))
+
+
+def kind_of(ask: Ask) -> Kind:
+    return ask.source, ask.target, ask.inside, ask.push
 
 
 def timed(part: Part, result: Result) -> list[Timed]:

@@ -49,8 +49,9 @@ def middle(moves: Iterable[Timed], wanted: Callable[[Ask], bool], phase: Callabl
 
 
 def pooled(samples: Sequence[Samples], what: str, wanted: Callable[[Ask], bool]) -> list[Timed]:
-    """Of all transports: what messages take has nothing to do with them."""
-    return [one for each in samples for one in each.moves if one.ask.what == what and wanted(one.ask)]
+    """Of all transports, read: what messages take has nothing to do with them."""
+    every = [one for each in samples for one in each.moves if one.ask.what == what and not one.ask.push]
+    return [one for one in every if wanted(one.ask)]
 
 
 def to_ns(value: float) -> int:

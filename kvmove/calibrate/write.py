@@ -76,13 +76,16 @@ def text(fitted: Fitted, facts: Sequence[str], accuracy: Accuracy | None) -> str
 
 
 def _copy(cost: CopyCost, spreads: dict[str, Spread]) -> Iterator[str]:
-    name = label(cost.transport, (cost.source, cost.target, cost.inside))
+    name = label(cost.transport, (cost.source, cost.target, cost.inside, cost.push))
     where = "within one process" if cost.inside else "between two processes"
+    where += ", pushed" if cost.push else ""
     yield f"  - transport: {cost.transport}  # {cost.source} to {cost.target}, {where}"
     yield f"    from: {cost.source}"
     yield f"    to: {cost.target}"
     if cost.inside:
         yield "    inside: true"
+    if cost.push:
+        yield "    push: true"
     for field, word in COPY.items():
         value = getattr(cost, field)
         if value or (field.endswith("_ns") and field != "first_ns"):

@@ -79,6 +79,26 @@ def test_the_fit_finds_a_machine_s_numbers_again_from_times_alone() -> None:
     assert (cost.process_bytes_per_s, cost.host_bytes_per_s) == (1.6e10, 2.4e10)
 
 
+def test_the_fit_finds_what_pushing_costs_beside_what_reading_does() -> None:
+    (read,) = TRUTH.copies
+    push = msgspec.structs.replace(
+        read, push=True, queue_ns=250_000, copy_ns=400_000, rates=((plan.MIB, 5e9), (512 * plan.MIB, 3e9)),
+        process_bytes_per_s=0.0, host_bytes_per_s=0.0, first_ns=0,
+    )  # fmt: skip
+    truth = msgspec.structs.replace(TRUTH, copies=(read, push))
+    samples, parts = measured_of(truth)
+    part = parts["sizes-push"] = plan.sizes(512 * plan.MIB, False, 2, push=True)
+    samples.add(part, simulate(part.built, profile=truth, check=False), [])
+    found = fit([samples], parts, [2_000.0], Made(), "found").profile
+    assert [cost.push for cost in found.copies] == [False, True]
+    for cost, true in zip(found.copies, truth.copies, strict=True):
+        for size in (plan.KIB, 64 * plan.KIB, plan.MIB, 20 * plan.MIB, 300 * plan.MIB):
+            ours, theirs = (one.overhead_ns(1) + one.bytes_ns(size) for one in (cost, true))
+            assert ours == pytest.approx(theirs, rel=0.05), (cost.push, size)
+    calm = fit([samples], {**parts}, [2_000.0], Made(), "found").profile.measured()
+    assert calm is not None and [cost.push for cost in calm.costs] == [False, True]
+
+
 def test_with_what_it_found_the_smoke_scenarios_take_as_long() -> None:
     samples, parts = measured_of(TRUTH)
     found = fit([samples], parts, [2_000.0], Made(), "found").profile
