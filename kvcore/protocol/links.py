@@ -80,7 +80,7 @@ def best_direction(
         ends.reverse()
     (name, rate, of), (other, less, by) = ends
     also = f" by profile {of}" if of != by else ""
-    return push > read, f"{name}: {rate / 1e9:.1f} GB/s{also}, {other} {less / 1e9:.1f} by profile {by}"
+    return push > read, f"{name}: {rate / 1e9:.3g} GB/s{also}, {other} {less / 1e9:.3g} by profile {by}"
 
 
 def _fastest(mine: Measured, theirs: Measured, push: bool, source: str, target: str, nbytes: int, chunks: int) -> float:

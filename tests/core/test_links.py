@@ -38,7 +38,7 @@ def test_the_quicker_one_does_it_and_the_reason_says_so() -> None:
 
 def test_ties_and_what_is_not_known_are_read() -> None:
     even = measured(cost(False, 1e9), cost(True, 1e9))
-    assert chosen(even, even) == (False, "read: 1.0 GB/s, push 1.0 by profile here")
+    assert chosen(even, even) == (False, "read: 1 GB/s, push 1 by profile here")
     pushes = measured(cost(False, 1e9), cost(True, 9e9))
     for pusher, reader in ((pushes, None), (None, pushes), (measured(cost(False, 1e9)), pushes)):
         assert chosen(pusher, reader) == (False, "")
@@ -49,8 +49,8 @@ def test_ties_and_what_is_not_known_are_read() -> None:
 def test_each_is_believed_of_what_it_would_carry_out_itself() -> None:
     fast = measured(cost(False, 8e9), cost(True, 9e9), profile="fast")
     slow = measured(cost(False, 1e9), cost(True, 2e9), profile="slow")
-    assert chosen(fast, slow) == (True, "push: 9.0 GB/s by profile fast, read 1.0 by profile slow")
-    assert chosen(slow, fast) == (False, "read: 8.0 GB/s by profile fast, push 2.0 by profile slow")
+    assert chosen(fast, slow) == (True, "push: 9 GB/s by profile fast, read 1 by profile slow")
+    assert chosen(slow, fast) == (False, "read: 8 GB/s by profile fast, push 2 by profile slow")
 
 
 def test_only_transports_that_both_have_count() -> None:
@@ -70,7 +70,7 @@ def test_the_slowest_rank_decides_for_all() -> None:
     assert best_direction([(quick, quick)], "cpu", "cpu", MIB, 1)[0]
     assert best_direction([(quick, quick), (slow, slow)], "cpu", "cpu", MIB, 1) == (
         False,
-        "read: 1.0 GB/s, push 0.5 by profile here",
+        "read: 1 GB/s, push 0.5 by profile here",
     )
 
 
@@ -109,9 +109,9 @@ class Links(Story):
 
 def test_both_directions_in_one_run_by_what_is_known_of_each_pair() -> None:
     w = Links(BOTH)
-    assert w.moved("a", "b") == (True, "push: 2.0 GB/s, read 1.0 by profile here")
+    assert w.moved("a", "b") == (True, "push: 2 GB/s, read 1 by profile here")
     w.sent.clear()
-    assert w.moved("c", "b", DISK) == (False, "read: 2.0 GB/s, push 1.0 by profile here")
+    assert w.moved("c", "b", DISK) == (False, "read: 2 GB/s, push 1 by profile here")
 
 
 def test_without_a_profile_it_is_read_and_nothing_is_said() -> None:

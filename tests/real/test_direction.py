@@ -54,8 +54,8 @@ steps:
 """
 
 WHY = {
-    "pushed": (True, "push: 6.0 GB/s, read 2.0 by profile both-ways"),
-    "read": (False, "read: 5.0 GB/s, push 2.3 by profile both-ways"),
+    "pushed": (True, "push: 6 GB/s, read 2 by profile both-ways"),
+    "read": (False, "read: 5 GB/s, push 2.3 by profile both-ways"),
     "one-way": (False, ""),
     "inside": (False, ""),
     "told": (True, ""),
