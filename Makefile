@@ -21,7 +21,7 @@ CONSTRAIN = $(if $(shell ls /dev/nvidia[0-9]* 2>/dev/null || nvidia-smi -L 2>/de
 
 help:
 	@sed -n 's/^# \{0,1\}//p' Makefile | head -3
-	@echo "Also: setup, lint, format, bench, bench-controller, fast, search, compare-long, scenarios-real, clean"
+	@echo "Also: setup, lint, format, bench, bench-peer, bench-controller, fast, search, compare-long, scenarios-real, clean"
 	@echo "On hardware: hardware, hardware-bundle"
 	@echo "With vLLM, in a venv of its own: demo-vllm, test-vllm, bench-vllm"
 
@@ -80,20 +80,25 @@ bench-compare: $(VENV)/.stamp
 	$(BIN)/python -m pytest $(BENCH) -o addopts="--import-mode=importlib" --benchmark-only --benchmark-autosave \
 	  --benchmark-compare --benchmark-columns=median,iqr,rounds --benchmark-sort=name $(ARGS)
 
-# The reference, LMCache 0.5.6 on a CPU, in an environment of its own: `kvmove bench` then has it beside us.
+# The reference, LMCache 0.5.6 on a CPU, in an environment of its own: `kvmove bench` has it beside us from then on. It is
+# fetched from PyPI, is of no use to anything else, and goes with `rm -r .venv-reference`.
 PEER ?= .venv-reference
 bench-peer: $(PEER)/.stamp
-	@echo "export KVMOVE_REFERENCE_PYTHON=$(CURDIR)/$(PEER)/bin/python"
+	@echo "the reference is in $(PEER):" \
+	  "$(if $(filter .venv-reference,$(PEER)),\`kvmove bench\` finds it there,export KVMOVE_REFERENCE_PYTHON=$(abspath $(PEER))/bin/python)"
 
 $(PEER)/.stamp:
-	@$(PYTHON) -m venv $(PEER)
-	@echo "installing the reference into $(PEER) (once; about 2 GB)"
-	@$(PEER)/bin/python -m pip --disable-pip-version-check install -qq $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) torch==2.13.0
-	@$(PEER)/bin/python -m pip --disable-pip-version-check install -qq nixl==1.5.1 lmcache==0.5.6
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("the reference needs Python 3.11 or newer; this is " + sys.version.split()[0] + ". Try: make bench-peer PYTHON=python3.12")'
+	@$(PYTHON) -m venv $(PEER) || { echo "could not make $(PEER): is python3-venv installed?"; exit 1; }
+	@echo "installing the reference, LMCache 0.5.6 with torch and NIXL, into $(PEER) (once; some minutes, 2 to 6 GB)"
+	@$(PEER)/bin/python -m pip --disable-pip-version-check install -qq $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) torch==2.13.0 \
+	 && $(PEER)/bin/python -m pip --disable-pip-version-check install -qq nixl==1.5.1 lmcache==0.5.6 \
+	 || { echo "the reference is not installed: see above. What is there already is used when this is run again."; exit 1; }
+	@LMCACHE_LOG_LEVEL=WARNING $(PEER)/bin/python -c "import lmcache.v1.cache_engine" \
+	 || { echo "the reference does not start here: see above. \`kvmove bench\` goes on without it."; exit 1; }
 	@touch $@
 
-# The controller, beside LMCache 0.5.6 in the same run where KVMOVE_REFERENCE_PYTHON names the interpreter of an
-# environment that has it. Prints ratios. The last one asserts: 64 clients while instances restart.
+# The controller, beside LMCache 0.5.6 in the same run where `make bench-peer` has brought it. Prints ratios. The last one asserts: 64 clients while instances restart.
 bench-controller: $(VENV)/.stamp
 	$(BIN)/python -m pytest tests/bench/test_controller_speed.py tests/bench/test_controller_load.py \
 	  -o addopts="--import-mode=importlib" -s $(ARGS)

@@ -27,9 +27,8 @@ def bench(
     """Measure moves over the transports, sizes, chunk sizes and places that a matrix names, beside their limits.
 
     In one run and in turns: our moves, a memcpy, bare NIXL with the same descriptors, raw sockets, and the same moves
-    by the reference where KVMOVE_REFERENCE_PYTHON names an interpreter that has it (`make bench-peer`). A move's time
-    is from its request until its event is done and its source released; every byte is compared afterwards.
-    `kvmove report` makes a page of it.
+    by the reference, LMCache, where `make bench-peer` has brought it. A move's time is from its request until its event
+    is done and its source released; every byte is compared afterwards. `kvmove report` makes a page of it.
 
     Examples:
 

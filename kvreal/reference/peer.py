@@ -1,7 +1,7 @@
 """Where the reference is, and its processes: its own controller, and scripts of ours that its interpreter runs.
 
-It is looked for by ``KVMOVE_REFERENCE_PYTHON``: the interpreter of an environment of its own, as ``make bench-peer``
-makes one.
+It is looked for where ``make bench-peer`` puts it: in ``.venv-reference``, of this directory or of this source tree.
+``KVMOVE_REFERENCE_PYTHON`` names another environment's interpreter.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import Any, Dict, Final, Optional, Sequence, Tuple, Type
 
 HERE: Final = Path(__file__).parent
 VARIABLE: Final = "KVMOVE_REFERENCE_PYTHON"
+ENVIRONMENT: Final = ".venv-reference"
 VERSION: Final = "0.5.6"
 START_S: Final = 120.0
 SEEN_S: Final = 20.0
@@ -36,17 +37,21 @@ class PeerError(Exception):
 
 def found() -> Tuple[Optional[Path], str]:
     """(its interpreter, or none; why there is none)."""
-    name = os.environ.get(VARIABLE, "")
-    if not name:
-        return None, f"{VARIABLE} is not set (the interpreter of an environment with lmcache=={VERSION})"
+    told = os.environ.get(VARIABLE, "")
+    made = [folder / ENVIRONMENT / "bin" / "python" for folder in (Path.cwd(), HERE.parents[1])]
+    path = Path(told) if told else next((python for python in made if python.exists()), None)
+    if path is None:
+        return None, f"LMCache {VERSION} is not here: `make bench-peer` brings it (or {VARIABLE} names its interpreter)"
+    said = f"{VARIABLE}={told}" if told else str(path)
     ask = "from importlib.metadata import version; print(version('lmcache'))"
     try:
-        done = subprocess.run([name, "-c", ask], capture_output=True, text=True, timeout=60)
+        done = subprocess.run([path, "-c", ask], capture_output=True, text=True, timeout=60)
     except (OSError, subprocess.TimeoutExpired) as error:
-        return None, f"{VARIABLE}={name}: {getattr(error, 'strerror', None) or 'does not answer'}"
-    if done.stdout.strip() != VERSION:
-        return None, f"{name}: lmcache {done.stdout.strip() or 'is not installed'}, expected {VERSION}"
-    return Path(name), ""
+        return None, f"{said}: {getattr(error, 'strerror', None) or 'does not answer'}"
+    version = done.stdout.strip()
+    if version != VERSION:
+        return None, f"{said}: lmcache {version or 'is not installed'}, expected {VERSION}: `make bench-peer`"
+    return path, ""
 
 
 def free_port() -> int:
