@@ -1,6 +1,7 @@
 """Control messages between services: a node's address is where it listens (``127.0.0.1:8300``), so nobody needs a book.
 
-ZeroMQ PUSH to PULL over TCP, one socket a direction. A frame's first part says whose it is ([cluster, from, to]); each
+ZeroMQ PUSH to PULL over TCP, one socket a direction; to processes of this user on this host, where no keys are asked
+for, the same frames over a Unix socket (``near.py``). A frame's first part says whose it is ([cluster, from, to]); each
 other is a message: what one input makes a node say to another goes out together. Whatever is malformed, foreign,
 oversized, or claims to come from a face is counted, told once a peer, and changes nothing. Sends never wait: a message
 that cannot be queued is dropped and counted, as a network would.
@@ -11,7 +12,8 @@ from __future__ import annotations
 import ipaddress
 import logging
 import re
-from typing import Any, Callable, Dict, Final, Iterator, List, Optional, Protocol, Set, Tuple
+from functools import partial
+from typing import Any, Callable, Dict, Final, Iterator, List, Optional, Protocol, Sequence, Set, Tuple, Union
 
 import msgspec
 import zmq
@@ -30,6 +32,7 @@ from kvcore.protocol.messages import (
     Wire,
 )
 from kvreal.door import Door
+from kvreal.near import Near
 
 log = logging.getLogger("kvmove.network")
 
@@ -49,6 +52,7 @@ BATCH: Final = 256
 NOW: Final = int(zmq.NOBLOCK)
 NOW_AND_MORE: Final = int(zmq.NOBLOCK) | int(zmq.SNDMORE)
 """As numbers: arithmetic with names costs more than the call."""
+Bytes = Union[bytes, memoryview]
 CLUSTER: Final = "kvmove"
 _ADDRESS: Final = re.compile(r"[A-Za-z0-9_.\-\[\]:]{1,250}:[0-9]{1,5}")
 #: What only faces say, and to faces only: from the network nobody is obeyed who says it.
@@ -118,6 +122,8 @@ class Endpoints:
         bound: str = self.pull.getsockopt_string(zmq.LAST_ENDPOINT).removeprefix("tcp://")
         self.address: str = endpoint_of(address or bound)
         self.names: Set[str] = {self.address, *aliases}
+        #: None with keys: they are to say who may speak
+        self.near: Optional[Near] = Near(*self.names) if curve is None else None
         self.peers: Dict[str, Tuple[Any, bytes]] = {}
         #: headers as they have arrived before, and from whom
         self.heads: Dict[bytes, str] = {}
@@ -132,7 +138,7 @@ class Endpoints:
         self.local: Callable[[str, Wire], None] = lambda dst, message: None
         self.counters: Dict[str, int] = {
             "frames_sent": 0, "frames_received": 0, "frames_dropped": 0, "frames_malformed": 0, "frames_foreign": 0,
-            "frames_refused": 0,
+            "frames_refused": 0, "frames_near": 0,
         }  # fmt: skip
         #: (kind, address) -> who it said it was, of frames that have been told
         self.told: Dict[Tuple[str, str], Set[str]] = {}
@@ -192,6 +198,10 @@ class Endpoints:
         if peer is None:
             self.counters["frames_dropped"] += len(bodies)
             return False
+        if self.near is not None and (taken := self.near.send(dst, [peer[1], *bodies])) is not None:
+            self.counters["frames_near" if taken else "frames_dropped"] += len(bodies)
+            self.counters["frames_sent"] += len(bodies) if taken else 0
+            return taken
         send = peer[0].send
         try:
             send(peer[1], NOW_AND_MORE)
@@ -227,14 +237,20 @@ class Endpoints:
         peer = self.peers.pop(address, None)
         if peer is not None:
             peer[0].close(linger=0)
+        if self.near is not None:
+            self.near.forget(address)
 
     def data_endpoint(self, name: str) -> str:
         """Messages carry it; nothing is known here."""
         return ""
 
     # ---- receiving
+    def fds(self) -> List[int]:
+        """Readable when something may have come; ZeroMQ's tells of changes only."""
+        return [self.pull.fileno(), *([self.near.fileno()] if self.near is not None else [])]
+
     def receive(self) -> Tuple[List[Tuple[str, Wire]], bool]:
-        """((src, message) of what has arrived, at most BATCH; whether there may be more)."""
+        """((src, message) of what has arrived, at most BATCH by ZeroMQ; whether there may be more)."""
         found = list(self.arriving())
         return found, self.more
 
@@ -242,6 +258,10 @@ class Endpoints:
         """The same one by one: what the first asks for can go out before the next is looked at."""
         recv: Callable[..., Any] = self.pull.recv
         self.more = True
+        if self.near is not None:
+            for parts in self.near.arriving():
+                yield from self._known(parts[0], parts[1:]) or self._decode(parts[0], parts[1:], _near)
+            self.counters["frames_malformed"] += self.near.take_garbled()
         for _ in range(BATCH):
             try:
                 frames = [recv(NOW, False)]
@@ -250,17 +270,18 @@ class Endpoints:
                 return
             while frames[-1].more:
                 frames.append(recv(NOW, False))
-            yield from self._known(frames) or self._decode(frames)
+            head, bodies = frames[0].bytes, [frame.buffer for frame in frames[1:]]
+            yield from self._known(head, bodies) or self._decode(head, bodies, partial(_whence, frames[0]))
 
-    def _known(self, frames: List[Any]) -> List[Tuple[str, Wire]]:
+    def _known(self, head: bytes, bodies: Sequence[Bytes]) -> List[Tuple[str, Wire]]:
         """A good frame of a node that has been heard before; anything else is looked at closely."""
-        src = self.heads.get(frames[0].bytes)
-        if src is None or not 2 <= len(frames) <= TOGETHER + 1:
+        src = self.heads.get(head)
+        if src is None or not 1 <= len(bodies) <= TOGETHER:
             return []
         found: List[Tuple[str, Wire]] = []
         try:
-            for frame in frames[1:]:
-                message: Wire = self._body(frame.buffer)
+            for body in bodies:
+                message: Wire = self._body(body)
                 if type(message) in FACES_ONLY:
                     return []
                 found.append((src, message))
@@ -269,39 +290,36 @@ class Endpoints:
         self.counters["frames_received"] += len(found)
         return found
 
-    def _decode(self, frames: List[Any]) -> List[Tuple[str, Wire]]:
+    def _decode(self, head: bytes, bodies: Sequence[Bytes], whence: Callable[[], str]) -> List[Tuple[str, Wire]]:
         """All of a frame's messages; none, if anything about it is wrong."""
-        if not 2 <= len(frames) <= TOGETHER + 1:
-            return self._bad("malformed", frames, f"{len(frames)} parts, expected 2 to {TOGETHER + 1}")
+        if not 1 <= len(bodies) <= TOGETHER:
+            return self._bad("malformed", whence, f"{len(bodies) + 1} parts, expected 2 to {TOGETHER + 1}")
         try:
-            header = self._header(frames[0].buffer)
+            header = self._header(head)
         except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-            return self._bad("malformed", frames, f"header: {error}")
+            return self._bad("malformed", whence, f"header: {error}")
         if header.cluster != self.cluster or header.dst not in self.names or not _ADDRESS.fullmatch(header.src):
             whose = f"{header.src[:80]!r} of {header.cluster[:80]!r} to {header.dst[:80]!r}"
-            return self._bad("foreign", frames, f"{whose}; this is {self.address} of {self.cluster!r}", header.src)
+            return self._bad("foreign", whence, f"{whose}; this is {self.address} of {self.cluster!r}", header.src)
         found: List[Tuple[str, Wire]] = []
-        for frame in frames[1:]:
+        for body in bodies:
             try:
-                message: Wire = self._body(frame.buffer)
+                message: Wire = self._body(body)
             except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-                return self._bad("malformed", frames, f"message of {header.src[:80]}: {error}", header.src)
+                return self._bad("malformed", whence, f"message of {header.src[:80]}: {error}", header.src)
             if type(message) in FACES_ONLY:
                 why = f"{type(message).__name__} of {header.src[:80]}: ask by HTTP"
-                return self._bad("refused", frames, why, header.src)
+                return self._bad("refused", whence, why, header.src)
             found.append((header.src, message))
         self.counters["frames_received"] += len(found)
         if len(self.heads) < MAX_PEERS:
-            self.heads[frames[0].bytes] = header.src
+            self.heads[head] = header.src
         return found
 
-    def _bad(self, kind: str, frames: List[Any], why: str, claim: str = "") -> List[Tuple[str, Wire]]:
+    def _bad(self, kind: str, whence: Callable[[], str], why: str, claim: str = "") -> List[Tuple[str, Wire]]:
         """Count, and tell once an address and ``claim``: who the frame says that it is from."""
         self.counters[f"frames_{kind}"] += 1
-        try:
-            peer = str(frames[0].get("Peer-Address"))
-        except (zmq.ZMQError, IndexError, UnicodeDecodeError):
-            peer = "unknown"
+        peer = whence()
         claims = self.told.get((kind, peer))
         if claims is None:
             if len(self.told) >= MAX_TOLD:
@@ -318,9 +336,24 @@ class Endpoints:
         for sock, _ in self.peers.values():
             sock.close(linger=1000)
         self.peers = {}
+        if self.near is not None:
+            self.near.send_off()
         for sock in (self.pull, *self.others):
             sock.close(linger=0)
         self.context.term()
 
     def close(self) -> None:
+        if self.near is not None:
+            self.near.close()
         self.context.destroy(linger=0)
+
+
+def _near() -> str:
+    return "this host"
+
+
+def _whence(frame: Any) -> str:
+    try:
+        return str(frame.get("Peer-Address"))
+    except (zmq.ZMQError, UnicodeDecodeError):
+        return "unknown"

@@ -63,7 +63,8 @@ class Host:
         self.reports: int = 0
         self.carried: Dict[int, None] = {}
         self.poller: zmq.Poller = zmq.Poller()
-        for source in (self.network.pull, pipe.read_fd, self.transfer.fileno(), self.engine.wake):
+        self.mail: List[Any] = self.network.sources()
+        for source in (*self.mail, pipe.read_fd, self.transfer.fileno(), self.engine.wake):
             self.poller.register(source, zmq.POLLIN)
 
     # ---- the loop
@@ -93,7 +94,7 @@ class Host:
             return  # what has come already waits in its socket
         if self.transfer.wake in ready or self.engine.wake in ready:
             node.collect()
-        if self.network.pull in ready:
+        if any(source in ready for source in self.mail):
             for src, message in self.network.receive():
                 node.receive(src, message)
         node.run_due()

@@ -15,6 +15,7 @@ import zmq
 from kvcore.protocol.messages import Beat, Wire
 from kvreal.control import Address, pair
 from kvreal.keys import Keys
+from kvreal.near import Near
 
 HIGH_WATER: Final = 100_000
 MAX_FRAME_BYTES: Final = 64 << 20
@@ -45,6 +46,7 @@ class Network:
             keys.listening(self.pull)
         self.pull.bind(f"tcp://{bind}:0")
         self.endpoint: str = self.pull.getsockopt_string(zmq.LAST_ENDPOINT)
+        self.near: Optional[Near] = Near(self.endpoint) if keys is None else None
         self.peers: Dict[str, Tuple[Address, Any, bytes]] = {}
         self.run: str = ""
         self.address: str = ""
@@ -70,13 +72,18 @@ class Network:
         for _, socket, _ in self.peers.values():
             socket.close(linger=0)
         self.peers = {}
+        if self.near is not None:
+            self.near.hang_up()
 
     def book(self, addresses: Dict[str, Address]) -> None:
         """Who is where now: sockets to lives that are over are closed, with what was still queued in them. A node
         reaches itself (a move between its own locations) as it reaches others."""
         for name in list(self.peers):
             if addresses.get(name) != self.peers[name][0]:
-                self.peers.pop(name)[1].close(linger=0)
+                gone, socket, _ = self.peers.pop(name)
+                socket.close(linger=0)
+                if self.near is not None:
+                    self.near.forget(gone.control)
         for name, address in addresses.items():
             if name in self.peers:
                 continue
@@ -100,9 +107,14 @@ class Network:
             self.counters["frames_dropped"] += 1
             return False
         address, socket, header = peer
+        frame = [header, self._encode(message)]
         try:
-            socket.send_multipart([header, self._encode(message)], zmq.NOBLOCK)
+            taken = self.near.send(address.control, frame) if self.near is not None else None
+            if taken is None:
+                socket.send_multipart(frame, zmq.NOBLOCK)
         except zmq.ZMQError:
+            taken = False
+        if taken is False:
             self.counters["frames_dropped"] += 1
             return False
         self.counters["frames_sent"] += 1
@@ -112,17 +124,21 @@ class Network:
         return True
 
     def receive(self) -> List[Tuple[str, Wire]]:
-        """(src, message) of what has arrived, at most BATCH."""
-        found: List[Tuple[str, Wire]] = []
+        """(src, message) of what has arrived, at most BATCH by ZeroMQ."""
+        frames: List[List[bytes]] = []
+        if self.near is not None:
+            frames = self.near.arriving()
+            self.counters["frames_malformed"] = self.counters.get("frames_malformed", 0) + self.near.take_garbled()
         for _ in range(BATCH):
             try:
-                parts = self.pull.recv_multipart(zmq.NOBLOCK)
+                frames.append(self.pull.recv_multipart(zmq.NOBLOCK))
             except zmq.Again:
                 break
-            item = self._decode(parts)
-            if item is not None:
-                found.append(item)
-        return found
+        return [item for item in map(self._decode, frames) if item is not None]
+
+    def sources(self) -> List[Any]:
+        """What to poll: readable when something has come."""
+        return [self.pull, *([self.near.fileno()] if self.near is not None else [])]
 
     def _decode(self, parts: List[bytes]) -> Optional[Tuple[str, Wire]]:
         if len(parts) != 2:
@@ -148,10 +164,14 @@ class Network:
         for _, socket, _ in self.peers.values():
             socket.close(linger=1000)
         self.peers = {}
+        if self.near is not None:
+            self.near.send_off()
         self.pull.close(linger=0)
         self.context.term()
 
     def close(self) -> None:
         self.close_peers()
+        if self.near is not None:
+            self.near.close()
         self.pull.close(linger=0)
         self.context.term()

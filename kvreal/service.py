@@ -225,8 +225,9 @@ class Service:
             self._loop.add_reader(self.worker.engine.wake, self._collect)
         else:
             self.give(m.Boot(journal=self.records))
-        self._fd: int = self.network.pull.fileno()
-        self._loop.add_reader(self._fd, self._readable)
+        self._fds: List[int] = self.network.fds()
+        for fd in self._fds:
+            self._loop.add_reader(fd, self._readable)
         self._loop.call_soon(self._readable)
 
     async def stop(self) -> None:
@@ -235,7 +236,8 @@ class Service:
             return
         self._stopped = True
         self.running = False
-        self._loop.remove_reader(self._fd)
+        for fd in self._fds:
+            self._loop.remove_reader(fd)
         if isinstance(self.spec, WorkerSpec):
             self._loop.remove_reader(self.worker.transfer.fileno())
             self._loop.remove_reader(self.worker.engine.wake)

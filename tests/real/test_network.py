@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import random
 import time
-from typing import Any, Callable, Iterator, List, Tuple
+from typing import Any, Callable, Iterator, List, Optional, Tuple
 
 import msgspec
 import pytest
 import zmq
 
-from kvcore.protocol.messages import Alive, Beat, Fence, Wire
+from kvcore.protocol.messages import Alive, Beat, Fence, Pinned, Wire
+from kvreal import near
 from kvreal.control import Address
 from kvreal.network import Header, Network
 
@@ -19,9 +20,14 @@ pytestmark = pytest.mark.real
 encode = msgspec.msgpack.Encoder().encode
 
 
-@pytest.fixture
-def two() -> Iterator[Tuple[Network, Network]]:
+@pytest.fixture(params=["near", "zeromq"])
+def two(request: pytest.FixtureRequest) -> Iterator[Tuple[Network, Network]]:
+    """As two processes of a host speak, and as two of different hosts do."""
     a, b = Network(), Network()
+    for one in (a, b):
+        if request.param == "zeromq" and one.near is not None:
+            one.near.close()
+            one.near = None
     a.begin("run", "a", 1)
     b.begin("run", "b", 1)
     book = {"a": Address(1, a.endpoint, ""), "b": Address(1, b.endpoint, "")}
@@ -32,13 +38,20 @@ def two() -> Iterator[Tuple[Network, Network]]:
     b.close()
 
 
-def wait(network: Network, until: Callable[[], bool], timeout_s: float = 5.0) -> List[Tuple[str, Wire]]:
-    """Receive until ``until`` holds; what was received."""
+def wait(
+    network: Network, until: Callable[[], bool], timeout_s: float = 5.0, sender: Optional[Network] = None
+) -> List[Tuple[str, Wire]]:
+    """Receive until ``until`` holds; what was received. ``sender``: whose loop goes round too, and sends what waits."""
     found: List[Tuple[str, Wire]] = []
+    poller = zmq.Poller()
+    for source in network.sources():
+        poller.register(source, zmq.POLLIN)
     end = time.monotonic() + timeout_s
     while not until() and time.monotonic() < end:
-        network.pull.poll(10)
+        poller.poll(10)
         found += network.receive()
+        if sender is not None:
+            sender.receive()
     assert until(), f"not within {timeout_s} s: {network.counters}"
     return found
 
@@ -47,7 +60,7 @@ def test_messages_arrive_in_order_from_whom_they_say(two: Tuple[Network, Network
     a, b = two
     sent = [Fence((1, i), (2, i)) for i in range(500)]
     assert all(a.send("b", message) for message in sent)
-    found = wait(b, lambda: b.counters["frames_received"] == 500)
+    found = wait(b, lambda: b.counters["frames_received"] == 500, sender=a)
     assert found == [("a", message) for message in sent]
     assert a.sent == {"b#1": 500} and b.received == {"a#1": 500}
 
@@ -144,8 +157,22 @@ def test_a_new_life_is_reached_at_its_new_place(two: Tuple[Network, Network]) ->
         again.close()
 
 
-def test_a_send_never_waits_for_a_receiver_that_does_not_take(two: Tuple[Network, Network]) -> None:
+def _near_never_waits(a: Network, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(near, "MAX_QUEUED_BYTES", 1 << 20)
+    message = Pinned(1, (2, 2), slots=tuple(range(5_000)))
+    begun = time.monotonic()
+    taken = [a.send("b", message) for _ in range(1000)]
+    assert time.monotonic() - begun < 1.0
+    assert taken[0] and not taken[-1] and a.counters["frames_dropped"] == taken.count(False)
+
+
+def test_a_send_never_waits_for_a_receiver_that_does_not_take(
+    two: Tuple[Network, Network], monkeypatch: pytest.MonkeyPatch
+) -> None:
     a, _ = two
+    if a.near is not None:
+        _near_never_waits(a, monkeypatch)
+        return
     a.peers["b"][1].close(linger=0)
     socket = a.context.socket(zmq.PUSH)
     socket.setsockopt(zmq.SNDHWM, 1)
