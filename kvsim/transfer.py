@@ -36,6 +36,8 @@ class Transfer:
     """One copy under way. ``owner`` is who asked for it: the reader, or the writer of a push."""
 
     __slots__ = (
+        "before",
+        "behind",
         "cost",
         "crossed",
         "effect",
@@ -67,6 +69,8 @@ class Transfer:
         self.crossed: float = 0.0  # the fraction of the bytes that earlier flows of this copy have carried
         self.ended: bool = False
         self.knocking: bool = False  # its peer is stopped, and cannot let it in
+        self.before: Optional[Transfer] = None  # of the same move: its bytes cross first
+        self.behind: Optional[Transfer] = None  # and this one's is the one that waits for mine
 
     def target(self) -> Memory:
         return self.owner.memory if self.effect.read else self.peer.memory
@@ -125,7 +129,11 @@ class Transfers:
         transfer.path = cluster.network.path(*transfer.crosses())
         if cluster.copying is not None:
             self._price(transfer, cluster.copying)
-        if peer.paused:
+        before = self.active.get(effect.after)
+        if before is not None and before.owner is owner and before.behind is None:
+            transfer.before = before
+            before.behind = transfer
+        elif peer.paused:
             transfer.knocking = True
         else:
             self._begin(transfer, at_ns - cluster.loop.now_ns)
@@ -227,12 +235,30 @@ class Transfers:
     def resumed(self, node: Node) -> None:
         for transfer in self.active.values():
             links, _, cap = transfer.path
-            begun = transfer.path is not NOWHERE
+            begun = transfer.path is not NOWHERE and transfer.before is None
             if transfer.knocking:
                 self._let_in(transfer)
             elif transfer.owner is node and transfer.fid == 0 and begun and not _is_stuck(transfer):
                 left = int(transfer.nbytes * (1.0 - transfer.crossed))
                 transfer.fid = self.cluster.fabric.start(links, left, self._crossed, transfer, cap)
+
+    def _next(self, transfer: Transfer) -> None:
+        """Its bytes are over: those that wait behind them go, all that comes before a first byte being done by now."""
+        waiting = transfer.behind
+        transfer.behind = None
+        if waiting is None or waiting.ended:
+            return
+        waiting.before = None
+        if waiting.peer.paused or waiting.owner.paused:
+            waiting.knocking = True
+        else:
+            ready_ns = waiting.start_ns + self._ready_ns(waiting)
+            self._begin(waiting, max(0, ready_ns - self.cluster.loop.now_ns) - self._ready_ns(waiting))
+
+    def _ready_ns(self, transfer: Transfer) -> int:
+        """How long it takes a copy to be where its first byte can move."""
+        own_ns = self.cluster.profile.transfer_ns if transfer.cost is None else transfer.queue_ns
+        return transfer.path[1] + own_ns
 
     def _let_in(self, transfer: Transfer) -> None:
         if not transfer.owner.paused and not transfer.peer.paused:
@@ -244,6 +270,8 @@ class Transfers:
         """The last byte of the flow is over."""
         transfer.fid = 0
         fate = transfer.fate
+        if transfer.behind is not None:
+            self._next(transfer)
         if fate is not None and (fate.fail or fate.stuck):
             transfer.crossed = fate.fraction
             if fate.fail:
@@ -294,6 +322,12 @@ class Transfers:
     def _end(self, transfer: Transfer) -> None:
         transfer.ended = True
         del self.active[transfer.effect.rid]
+        if transfer.before is not None:
+            transfer.before.behind = transfer.behind
+            if transfer.behind is not None:
+                transfer.behind.before = transfer.before
+        elif transfer.behind is not None:
+            self._next(transfer)
 
     def _land(self, transfer: Transfer, fraction: float) -> None:
         effect = transfer.effect

@@ -84,6 +84,8 @@ def namespace_mismatch(one: Namespace, other: Namespace) -> Optional[Tuple[str, 
     return left, right
 
 
-def step_chunks(namespace: Namespace) -> int:
-    """STEP_BYTES in chunks of one rank, at least one."""
+def step_chunks(namespace: Namespace, tokens: int = 0) -> int:
+    """So many tokens, or else STEP_BYTES, in chunks of one rank; at least one."""
+    if tokens:
+        return max(1, tokens // namespace.chunk_tokens)
     return max(1, STEP_BYTES // max(1, namespace.chunk_tokens * namespace.bytes_per_token))

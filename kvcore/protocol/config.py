@@ -86,6 +86,9 @@ class Config(msgspec.Struct, frozen=True, gc=False, forbid_unknown_fields=True, 
     """Events in flight; beyond that a move is refused as busy."""
     drain_window: int = 4
     """Chains of a drain that move at once. Those that begin with the same chunk go one after another."""
+    step_window: int = 3
+    """Steps of a move that goes prefix by prefix that are under way at once: one is asked about at its source, one's
+    bytes cross, and one is ready behind it. 1: each begins when the one before it is visible."""
     direction: str = "auto"
     """Who moves the bytes: the destination (read), the source (push), or who is quicker as both have measured; while
     that is not known, the destination (auto)."""
@@ -105,6 +108,8 @@ class Config(msgspec.Struct, frozen=True, gc=False, forbid_unknown_fields=True, 
             raise ConfigError(f"checksums is {self.checksums!r}, expected off, sample or all")
         if self.drain_window < 1:
             raise ConfigError(f"drain_window is {self.drain_window}, expected 1 or more")
+        if self.step_window < 1:
+            raise ConfigError(f"step_window is {self.step_window}, expected 1 or more")
         for small, factor, large, times in _INEQUALITIES:
             left = getattr(self, small) * factor
             right = getattr(self, large) * times

@@ -219,16 +219,10 @@ class Controller(Machine):
             return
         difference = namespace_mismatch(sources[0].register.namespace, destinations[0].register.namespace)
         why = ("mismatch", f"source {difference[0]}; destination {difference[1]}") if difference else ("", "")
-        if difference:
-            chains = []
-        elif m.keys:
-            chains = self.drains.prefixes(m) if m.step else []
-        else:
-            chains = self.registry.chains(m.src)
-        if difference or (m.keys and len(chains) < 2):
+        if difference or m.keys:
             self.moves.begin(now, src, m, sources, destinations, why, out)
         else:
-            self.drains.begin(now, src, m, chains, out)
+            self.drains.begin(now, src, m, self.registry.chains(m.src), out)
 
     def _again(self, src: str, m: MoveRequest, out: List[Effect]) -> None:
         """The same idempotency key: the same answer, and never a second move."""

@@ -81,6 +81,8 @@ class Event:
         #: num_tokens as the clients have been told
         self.promised: int = 0
         self.reserved: List[int] = []
+        #: how many chunks each destination shows already, of a move that goes in steps
+        self.shown: List[int] = []
         self.committed: List[int] = []
         self.stamps: List[int] = []
         self.released: List[Optional[SourceOutcome]] = []
@@ -160,6 +162,7 @@ class Coordinator:
         event.slots = [()] * ranks
         event.pinned_ns = [0] * ranks
         event.reserved = [-1] * ranks
+        event.shown = [0] * ranks
         event.committed = [-1] * ranks
         event.stamps = [0] * ranks
         event.released = [None] * ranks
@@ -327,6 +330,7 @@ class Coordinator:
                             m.evict,
                             event.src_endpoints[r],
                             event.terms,
+                            m.step,
                         ),
                     )
                 )
@@ -342,9 +346,12 @@ class Coordinator:
         event = self.events.get(m.event)
         if event is None:
             self._late(src, m.event, out)
-        elif event.state == RESERVING:
+        elif event.state in (RESERVING, COPYING):
             r = self._rank(event, src, m.inc)
-            if r >= 0 and event.reserved[r] < 0:
+            if r < 0:
+                return
+            event.shown[r] = max(m.shown, event.shown[r])
+            if event.reserved[r] < 0:
                 event.reserved[r] = m.n
                 self._all_reserved(now, event, out)
 

@@ -31,8 +31,29 @@ from kvcore.protocol.pool import FEW, Pool, parent_of
 
 
 @final
+class Part:
+    """keys[start:end] of a reservation, and the one copy that brings what of them is not here. COPYING until the bytes
+    are there, then FENCING (read only) until the source says that they were good, then GOOD."""
+
+    def __init__(self, rid: Rid, start: int, end: int) -> None:
+        self.rid: Rid = rid
+        self.start: int = start
+        self.end: int = end
+        self.copied: bool = False
+        self.good: bool = False
+        self.fence: Optional[bool] = None
+
+
+@final
 class Reservation:
-    """COPYING until the bytes are there, then FENCING (read only) until the source says that they were good."""
+    """Of one event: all its slots are taken at once, and filled part by part. A move that is not asked to go in steps
+    is one part.
+
+    Parts begin in the order of their chunks, some at once (``step_window``), each one's bytes behind those of the one
+    before it. Each is asked about at the source by its own fence. They become visible in order only, whichever is good
+    first: a chunk without those before it is of no use. What is visible already is held as present chunks are (H07),
+    until all of it is, and is retained.
+    """
 
     def __init__(self, rid: Rid, pool: Pool, m: Fetch, n: int, held: List[int], own: List[int], controller: str):
         self.rid: Rid = rid
@@ -42,6 +63,17 @@ class Reservation:
         self.lens: Tuple[int, ...] = m.lens[:n]
         self.held: List[int] = held
         self.own: List[int] = own
+        #: which of keys were here before; nothing is copied for them
+        self.present: Tuple[int, ...] = tuple([i for i, slot in enumerate(own) if slot < 0]) if min(own) < 0 else ()
+        self.step: int = m.step if 0 < m.step < n else n
+        #: under way, in order; the first of them is not good yet
+        self.parts: List[Part] = []
+        #: keys[:begun] are shown or in a part
+        self.begun: int = 0
+        #: of the copy that was begun last
+        self.newest: Rid = NO_ID
+        #: keys[:shown] are visible
+        self.shown: int = 0
         self.src: str = m.src
         self.src_epoch: int = m.src_epoch
         self.src_location: str = m.src_location
@@ -54,21 +86,29 @@ class Reservation:
         self.controller: str = controller
         self.incarnation: int = m.incarnation
         self.stamp: int = m.stamp
-        self.fencing: bool = False
-        self.fence: Optional[bool] = None
         self.via: str = ""
         self.chosen: str = ""
 
-    def present(self) -> Tuple[int, ...]:
-        """Which of its keys were here already, by position."""
-        return () if min(self.own) >= 0 else tuple([i for i, slot in enumerate(self.own) if slot < 0])
+    @property
+    def fencing(self) -> bool:
+        """All its bytes are here, and the source has still to say that they were good."""
+        return self.begun == len(self.keys) and all(part.copied for part in self.parts)
 
-    def to_copy(self) -> Tuple[Tuple[int, ...], Tuple[int, ...], Tuple[int, ...], Tuple[Key, ...]]:
-        """(my slots, the source's slots, lens in tokens, keys) of the chunks that were not here."""
+    def part(self, rid: Rid) -> Part:
+        """The one that this copy is for; ``by_rid`` has it."""
+        return next(part for part in self.parts if part.rid == rid)
+
+    def own_of(self, part: Part) -> List[int]:
+        """The slots that its copy writes into."""
+        return [slot for slot in self.own[part.start : part.end] if slot >= 0]
+
+    def to_copy(self, part: Part) -> Tuple[Tuple[int, ...], Tuple[int, ...], Tuple[int, ...], Tuple[Key, ...]]:
+        """(my slots, the source's slots, lens in tokens, keys) of the part's chunks that were not here."""
         own = self.own
-        if min(own) >= 0:
+        start, end = part.start, part.end
+        if not self.present and end - start == len(own):
             return tuple(own), self.src_slots[: len(own)], self.lens, self.keys
-        new = [i for i, slot in enumerate(own) if slot >= 0]
+        new = [i for i in range(start, end) if own[i] >= 0]
         return (
             tuple([own[i] for i in new]),
             tuple([self.src_slots[i] for i in new]),
@@ -103,7 +143,7 @@ class Retention:
         self.inc: Inc = pool.inc
         self.rid: Rid = r.rid
         self.retain_ns: int = r.retain_ns
-        self.present: Tuple[int, ...] = r.present()
+        self.present: Tuple[int, ...] = r.present
         self.via: str = r.via
         self.chosen: str = r.chosen
 
@@ -154,11 +194,12 @@ class Destination:
         reservation = self.reservations.get(m.event)
         if reservation is not None:
             self._stamp(reservation, src, m.stamp, m.incarnation)
-            out.append(Send(src, Reserved(m.event, pool.inc, len(reservation.keys))))
-            if reservation.fencing:
-                out.append(Send(reservation.src, Fence(reservation.pid, reservation.rid)))
-            elif reservation.push:
-                out.append(self._push(reservation))
+            out.append(self._reserved(src, reservation))
+            for part in reservation.parts:
+                if part.copied and not part.good:
+                    out.append(Send(reservation.src, Fence(reservation.pid, part.rid)))
+                elif reservation.push and not part.good:
+                    out.append(self._push(reservation, part))
             return
         self._reserve(now, src, pool, m, out)
 
@@ -188,19 +229,52 @@ class Destination:
                 have = f"{pool.slots} slots, {len(pool.refs)} in use"
                 out.append(Send(src, Refused(m.event, "Fetch", "full", pool.inc, have, f"{want} chunks")))
             return
-        self.counter += 1
-        reservation = Reservation((self.epoch, self.counter), pool, m, n, held[:n], own, src)
-        out.append(Send(src, Reserved(m.event, pool.inc, n)))
-        if max(reservation.own) < 0:
-            self._commit(now, reservation, out)
-            return
-        self.reservations[m.event] = reservation
-        self.by_rid[reservation.rid] = reservation
-        if rules.h38:
-            self.timers.set(("reservation", m.event, 0), now + self.config.copy_max_ns)
-        out.append(self._push(reservation) if m.push else self._read(reservation))
-        if not rules.h10 and not m.push:
-            out.append(Send(reservation.src, Fence(reservation.pid, reservation.rid)))
+        r = Reservation((self.epoch, self.counter + 1), pool, m, n, held[:n], own, src)
+        out.append(self._reserved(src, r))
+        self.reservations[m.event] = r
+        if len(r.present) == n:
+            r.step = n  # nothing is copied, so there is nothing to go in steps
+        self._begin_parts(r, out)
+        self._advance(now, r, out)
+
+    def _reserved(self, controller: str, r: Reservation) -> Send:
+        return Send(controller, Reserved(r.event, r.pool.inc, len(r.keys), r.shown))
+
+    def _begin_parts(self, r: Reservation, out: List[Effect]) -> None:
+        """Begin as many as may be under way. One whose chunks are all here is good at once."""
+        while r.begun < len(r.keys) and len(r.parts) < self.config.step_window:
+            self.counter += 1
+            part = Part((self.epoch, self.counter), r.begun, min(r.begun + r.step, len(r.keys)))
+            r.begun = part.end
+            r.parts.append(part)
+            if r.present and max(r.own[part.start : part.end]) < 0:
+                part.copied = part.good = True
+                continue
+            self.by_rid[part.rid] = r
+            out.append(self._push(r, part, r.newest) if r.push else self._read(r, part, r.newest))
+            r.newest = part.rid
+            if not self.config.rules.h10 and not r.push:
+                out.append(Send(r.src, Fence(r.pid, part.rid)))
+
+    def _advance(self, now: int, r: Reservation, out: List[Effect]) -> None:
+        """Make the good parts visible that have none before them that is not, and begin others in their stead."""
+        shown = r.shown
+        while r.parts and r.parts[0].good:
+            part = r.parts.pop(0)
+            if part.end == len(r.keys):
+                self._commit(now, r, out)
+                return
+            self._show(now, r, part)
+            self._begin_parts(r, out)
+        if r.shown > shown:
+            out.append(self._reserved(r.controller, r))
+        self._alarm(now, r)
+
+    def _alarm(self, now: int, r: Reservation) -> None:
+        """For the part that all others wait for. A source that does not answer for a lease has no pin any more."""
+        if self.config.rules.h38:
+            limit = self.config.lease_ns if r.parts[0].copied else self.config.copy_max_ns
+            self.timers.set(("reservation", r.event, 0), now + limit)
 
     def _hold_late(self, pool: Pool, keys: Tuple[Key, ...], held: List[int]) -> None:
         """What goes wrong without h19: what was counted as present may have been evicted to fit the rest."""
@@ -213,17 +287,19 @@ class Destination:
                 elif slot >= 0:
                     held[i] = -2
 
-    def _read(self, r: Reservation) -> StartCopy:
-        ours, theirs, lens, keys = r.to_copy()
+    def _read(self, r: Reservation, part: Part, after: Rid = NO_ID) -> StartCopy:
+        ours, theirs, lens, keys = r.to_copy(part)
         return StartCopy(
-            r.rid, True, r.src, r.src_epoch, r.src_location, theirs, r.pool.name, ours, lens, r.endpoint, keys, r.terms
-        )
+            part.rid, True, r.src, r.src_epoch, r.src_location, theirs, r.pool.name, ours, lens, r.endpoint, keys,
+            r.terms, after,
+        )  # fmt: skip
 
-    def _push(self, r: Reservation) -> Send:
-        ours, theirs, lens, keys = r.to_copy()
+    def _push(self, r: Reservation, part: Part, after: Rid = NO_ID) -> Send:
+        ours, theirs, lens, keys = r.to_copy(part)
         push = Push(
-            r.rid, r.pid, r.src_location, theirs, r.pool.name, ours, lens, self.epoch, self.endpoint, keys, r.terms
-        )
+            part.rid, r.pid, r.src_location, theirs, r.pool.name, ours, lens, self.epoch, self.endpoint, keys,
+            r.terms, after,
+        )  # fmt: skip
         return Send(r.src, push)
 
     def _stamp(self, r: Reservation, controller: str, stamp: int, incarnation: int) -> None:
@@ -238,39 +314,46 @@ class Destination:
         if r is None or r.push:
             self.end_quarantine(item.rid)
             return
+        part = r.part(item.rid)
         r.via, r.chosen = item.via, item.chosen
+        part.copied = True
         if not item.ok:
-            self._refuse(r, "copy_failed", out, item.why)
+            self._refuse(now, r, "copy_failed", out, item.why)
         elif not rules.h09:
-            self._commit(now, r, out)
+            self._good(now, r, part, out)
         elif rules.h10:
-            r.fencing = True
-            out.append(Send(r.src, Fence(r.pid, r.rid)))
-            if rules.h38:
-                # A source that does not answer for a lease has no pin any more.
-                self.timers.set(("reservation", r.event, 0), now + self.config.lease_ns)
-        elif r.fence is None:
-            r.fencing = True
-        else:
-            self._fenced(now, r, r.fence, out)
+            out.append(Send(r.src, Fence(r.pid, part.rid)))
+            if part is r.parts[0]:
+                self._alarm(now, r)
+        elif part.fence is not None:
+            self._fenced(now, r, part, part.fence, out)
 
     def on_fenced(self, now: int, src: str, m: Fenced, out: List[Effect]) -> None:
         r = self.by_rid.get(m.rid)
         if r is None:
             self.end_quarantine(m.rid)
-        elif r.fencing:
-            self._fenced(now, r, m.alive, out)
+            return
+        part = r.part(m.rid)
+        if part.copied:
+            self._fenced(now, r, part, m.alive, out)
         else:
-            r.fence = m.alive
+            part.fence = m.alive
 
-    def _fenced(self, now: int, r: Reservation, alive: bool, out: List[Effect]) -> None:
+    def _fenced(self, now: int, r: Reservation, part: Part, alive: bool, out: List[Effect]) -> None:
         if alive:
-            self._commit(now, r, out)
+            self._good(now, r, part, out)
         elif self.config.rules.h31:
-            self._refuse(r, "source_changed", out)
+            self._refuse(now, r, "source_changed", out)
         else:
-            r.fencing = False
-            out.append(self._read(r))
+            part.copied = False
+            out.append(self._read(r, part))
+
+    def _good(self, now: int, r: Reservation, part: Part, out: List[Effect]) -> None:
+        """Its bytes are what the source held while its pin was alive."""
+        del self.by_rid[part.rid]
+        part.copied = part.good = True
+        if part is r.parts[0]:
+            self._advance(now, r, out)
 
     def on_pushed(self, now: int, src: str, m: Pushed, out: List[Effect]) -> None:
         r = self.by_rid.get(m.rid)
@@ -278,30 +361,71 @@ class Destination:
             r = next((other for other in self.reservations.values() if other.push and other.src == src), None)
         if r is None or not r.push:
             self.end_quarantine(m.rid)
-        elif m.ok:
+            return
+        part = r.part(m.rid) if m.rid in self.by_rid else r.parts[0]
+        part.copied = True
+        if m.ok:
             r.via, r.chosen = m.via, m.chosen
-            self._commit(now, r, out)
+            self._good(now, r, part, out)
         else:
-            self._refuse(r, "source_changed" if m.why == "source_changed" else "copy_failed", out, m.why)
+            self._refuse(now, r, "source_changed" if m.why == "source_changed" else "copy_failed", out, m.why)
 
     def on_stopped(self, now: int, src: str, m: Stopped, out: List[Effect]) -> None:
         self.end_quarantine(m.rid)
 
     def _forget(self, r: Reservation) -> None:
         self.reservations.pop(r.event, None)
-        self.by_rid.pop(r.rid, None)
+        for part in r.parts:
+            self.by_rid.pop(part.rid, None)
         self.timers.cancel(("reservation", r.event, 0))
 
     def _unhold(self, r: Reservation) -> None:
         if self.config.rules.h07:
             r.pool.unref_all([slot for slot in r.held if slot >= 0])
 
-    def _refuse(self, r: Reservation, why: str, out: List[Effect], detail: str = "") -> None:
-        """Its writer has ended, so its slots are free at once. Never tried again under this event (H31)."""
-        self._forget(r)
-        self._unhold(r)
-        r.pool.unref_all([slot for slot in r.own if slot >= 0])
+    def _refuse(self, now: int, r: Reservation, why: str, out: List[Effect], detail: str = "") -> None:
+        """Never tried again under this event (H31). What is visible of it stays, as chunks that nobody needs."""
+        self._abort(now, r, out)
         out.append(Send(r.controller, Refused(r.event, "Fetch", why, r.pool.inc, detail)))
+
+    def _show(self, now: int, r: Reservation, part: Part) -> None:
+        """Atomically make a part visible that is not the last, and hold it. What another move has meanwhile taken away
+        before it stands again: a chunk that is here has those before it (H16), so the first one found ends the look."""
+        pool = r.pool
+        index = pool.index
+        holds = self.config.rules.h07
+        start, end = part.start, part.end
+        r.shown = end
+        while start and holds and r.keys[start - 1] not in index:
+            start -= 1
+        slots = r.own[start:end]
+        if end - start >= FEW and min(slots) >= 0 and index.keys().isdisjoint(r.keys[start:end]):
+            r.held[start:end], r.own[start:end] = slots, [-1] * len(slots)
+            if holds:
+                pool.ref_all(slots)
+            pool.put_all(r.keys[:end], r.held[:end], r.lens[:end], start, now)
+            return
+        for i in range(end - 1, start - 1, -1):
+            key = r.keys[i]
+            slot = r.own[i]
+            entry = index.get(key)
+            r.own[i] = -1
+            if entry is not None and (slot < 0 or not (self.config.rules.h02 and entry.slot in pool.moving)):
+                if slot >= 0:
+                    pool.unref(slot)
+                    r.held[i] = entry.slot
+                    if holds:
+                        pool.ref(entry.slot)
+                pool.touch(key, now)
+                continue
+            if slot < 0:
+                slot = r.held[i]
+                if slot == -2 or not holds:
+                    continue  # only without h07 or h19: counted, but gone
+            r.held[i] = slot
+            if holds:
+                pool.ref(slot)
+            pool.put(key, slot, parent_of(r.keys, i), r.lens[i], now)
 
     def _commit(self, now: int, r: Reservation, out: List[Effect]) -> None:
         """Atomically make every key visible, and retain them all until the event is over."""
@@ -369,7 +493,7 @@ class Destination:
             out.append(self._committed(src, m.event, retention, m.stamp, m.incarnation))
         elif reservation is not None:
             self._stamp(reservation, src, m.stamp, m.incarnation)
-            out.append(Send(src, Reserved(m.event, reservation.pool.inc, len(reservation.keys))))
+            out.append(self._reserved(src, reservation))
         else:
             pool = self.pools.get(m.location)
             out.append(Send(src, Committed(m.event, pool.inc if pool else NO_ID, 0, m.stamp, m.incarnation)))
@@ -389,9 +513,7 @@ class Destination:
     def on_reservation_timer(self, now: int, name: Tuple[str, int, int], out: List[Effect]) -> None:
         """The copy, the Push or the Fence has not been answered in time (H38)."""
         r = self.reservations[name[1]]
-        why = "source_changed" if r.fencing else "copy_failed"
-        self._abort(now, r, out)
-        out.append(Send(r.controller, Refused(r.event, "Fetch", why, r.pool.inc, "timed out")))
+        self._refuse(now, r, "source_changed" if r.parts[0].copied else "copy_failed", out, "timed out")
 
     def clear(self, now: int, pool: Pool, out: List[Effect]) -> None:
         """A clear ends the location's reservations and retentions (H20)."""
@@ -402,21 +524,23 @@ class Destination:
             self._unretain(event)
 
     def _abort(self, now: int, r: Reservation, out: List[Effect]) -> None:
+        """Slots whose writer has ended, or has none yet, are free at once; the others once it is known to have."""
         self._forget(r)
         self._unhold(r)
-        slots = [slot for slot in r.own if slot >= 0]
+        r.pool.unref_all([slot for slot in r.own[r.begun :] if slot >= 0])
         writer_gone = r.push and self.gone.get(r.src, 0) >= r.src_epoch
-        if r.fencing or writer_gone or not self.config.rules.h12:
-            r.pool.unref_all(slots)
-            if not r.fencing and not r.push:
-                out.append(AbortCopy(r.rid))
-            return
-        self.quarantines[r.rid] = Quarantine(r.pool, slots, r.src, r.src_epoch, r.push)
-        if r.push:
-            out.append(Send(r.src, Stop(r.rid)))
-            self.timers.set(("quarantine", r.rid[0], r.rid[1]), now + self.config.stop_retry_ns)
-        else:
-            out.append(AbortCopy(r.rid))
+        for part in r.parts:
+            if part.copied or writer_gone or not self.config.rules.h12:
+                r.pool.unref_all(r.own_of(part))
+                if not part.copied and not r.push:
+                    out.append(AbortCopy(part.rid))
+                continue
+            self.quarantines[part.rid] = Quarantine(r.pool, r.own_of(part), r.src, r.src_epoch, r.push)
+            if r.push:
+                out.append(Send(r.src, Stop(part.rid)))
+                self.timers.set(("quarantine", part.rid[0], part.rid[1]), now + self.config.stop_retry_ns)
+            else:
+                out.append(AbortCopy(part.rid))
 
     def end_quarantine(self, rid: Rid) -> None:
         """The writer of ``rid`` is known to have stopped. Harmless for any other rid."""

@@ -1,4 +1,4 @@
-"""Many moves that are one event: all that a place holds (a drain), or one prompt prefix by prefix (a stepped move).
+"""Many moves that are one event: all that a place holds (a drain).
 
 The controller fixes the list, cuts it into chains and runs one move a chain, some at once: the pins and reservations of
 one go on while another's bytes cross. Chains that begin with the same chunk follow one another, so that what they share
@@ -55,16 +55,9 @@ class Drain:
         elif kept and why not in ("child_here", "gone"):
             self.left.append(f"{kept} chunks: kept, {why}")
 
-    @property
-    def stepped(self) -> bool:
-        """A move prefix by prefix. All but its last chain are copies: the source keeps all until that one is done."""
-        return bool(self.request.keys)
-
     def may_begin(self, window: int) -> bool:
         """Whether the next chain may, beside those that move now."""
         if self.cancelled or self.next >= len(self.chains) or len(self.children) >= window:
-            return False
-        if self.stepped and self.left:
             return False
         root = self.chains[self.next][0][0]
         return all(self.chains[chain][0][0] != root for chain, _ in self.children.values())
@@ -96,13 +89,13 @@ class Drains:
         self.parents: Dict[int, int] = {}
 
     def begin(self, now: int, client: str, m: MoveRequest, chains: List[Chain], out: List[Effect]) -> None:
-        """``chains``: of a stepped move, its prefixes; else all that the place holds."""
+        """``chains``: all that the place holds."""
         number = self.moves.new_event()
         out.append(Journal(Begin(number, m)))
         self.moves.name_event(number, m)
         deadline_ns = now + (m.deadline_ns or self.config.deadline_ns)
         drain = Drain(number, m, client, chains, deadline_ns)
-        orphans = 0 if m.keys else self.registry.count(m.src) - len(drain.planned)
+        orphans = self.registry.count(m.src) - len(drain.planned)
         if orphans:
             drain.left.append(f"{orphans} chunks: some rank lacks them or an ancestor")
         self.open[number] = drain
@@ -111,17 +104,6 @@ class Drains:
         out.append(Send(client, Answer(m.op, COPYING, drain.num_tokens(), number)))
         self._on(now, drain, out)
         drain.announced = True
-
-    def prefixes(self, m: MoveRequest) -> List[Chain]:
-        """The prefixes that a stepped move goes through, the last of them all that the source holds of the prompt."""
-        found = self.registry.lookup(m.keys, m.lens)
-        held = [one.num_tokens for one in found if (one.instance, one.location) == m.src]
-        n, tokens = 0, 0
-        while held and n < len(m.keys) and tokens + m.lens[n] <= held[0]:
-            tokens += m.lens[n]
-            n += 1
-        ends = list(range(m.step, n, m.step)) + [n]
-        return [(m.keys[:end], m.lens[:end]) for end in ends] if n else []
 
     def _on(self, now: int, drain: Drain, out: List[Effect]) -> None:
         """Begin moves of the chains that may begin, or end the drain."""
@@ -149,8 +131,7 @@ class Drains:
             return
         keys, lens = drain.chains[chain]
         left_ns = drain.deadline_ns - now
-        copy = m.copy or (drain.stepped and chain + 1 < len(drain.chains))
-        child = MoveRequest(f"{m.op}/{chain + 1}", m.src, dst, keys, lens, copy, "", left_ns, m.evict, (), m.terms)
+        child = MoveRequest(f"{m.op}/{chain + 1}", m.src, dst, keys, lens, m.copy, "", left_ns, m.evict, (), m.terms)
         difference = namespace_mismatch(sources[0].register.namespace, destinations[0].register.namespace)
         why = ("mismatch", f"source {difference[0]}; destination {difference[1]}") if difference else ("", "")
         number = self.moves.new_event()

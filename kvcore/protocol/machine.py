@@ -22,6 +22,7 @@ from typing import Callable, Dict, List, Optional, Tuple, Union
 import msgspec
 
 from kvcore.protocol.messages import (
+    NO_ID,
     Inc,
     Key,
     MoveRequest,
@@ -178,7 +179,7 @@ class StartCopy(Record, frozen=True, gc=False):
     """Move ``lens[i]`` tokens' bytes between my slots[i] of ``location`` and the peer's peer_slots[i].
 
     ``read``: from the peer to me; else from me to the peer (a push; ``rid`` is then the peer's). ``keys``: the
-    chunks'.
+    chunks'. ``after``: get ready, but move no byte before that copy's last one, if it still runs: both are of one move.
     """
 
     rid: Rid
@@ -193,6 +194,7 @@ class StartCopy(Record, frozen=True, gc=False):
     endpoint: str = ""
     keys: Tuple[Key, ...] = ()
     terms: Optional[Terms] = None
+    after: Rid = NO_ID
 
 
 class AbortCopy(Record, frozen=True, gc=False):

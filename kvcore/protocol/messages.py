@@ -237,12 +237,17 @@ class Fetch(Message, frozen=True, gc=False):
     evict: bool = True
     src_endpoint: str = ""
     terms: Optional[Terms] = None
+    step: int = 0
+    """So many chunks at a time become visible, in order; 0: all at once."""
 
 
 class Reserved(Message, frozen=True, gc=False):
+    """destination -> controller. ``shown``: keys[:shown] are visible here already (a move that goes in steps)."""
+
     event: int
     inc: Inc
     n: int
+    shown: int = 0
 
 
 class Committed(Message, frozen=True, gc=False):
@@ -335,6 +340,8 @@ class Push(Message, frozen=True, gc=False):
     endpoint: str = ""
     keys: Tuple[Key, ...] = ()
     terms: Optional[Terms] = None
+    after: Rid = NO_ID
+    """Its bytes go behind those of that reservation, if it is still being written."""
 
 
 class Pushed(Message, frozen=True, gc=False):

@@ -101,6 +101,8 @@ def _destination() -> None:
     hold = "hold what is here and not leaving, take slots for the rest; "
     row("none", "Fetch", hold + "read", "copying", "h02 h07 h19", "Reserved StartCopy")
     row("none", "Fetch: by push", hold + "ask for the push", "copying", "h02 h07 h19", "Reserved Push")
+    row("none", "Fetch: in steps", hold + "read the first steps, each behind the one before it", "copying",
+        "h02 h07 h19", "Reserved StartCopy")
     row("none", "Fetch: all is here", "commit at once", "retained", "h02 h06", "Reserved Committed")
     row("none", "Fetch: no slot for the first", "refuse: full", "", "h23", "Refused")
     row("copying", "Fetch", "say again what is reserved", "", "", "Reserved")
@@ -112,11 +114,19 @@ def _destination() -> None:
     row("retained", "Retain", "committed; the retention runs anew", "", "h35", "Committed")
     row("copying", "CopyDone", "ask the source whether the pin was alive after the last byte", "fencing", "h09 h10",
         "Fence")
+    row("copying", "CopyDone: of a step", "ask the source whether the pin was alive after its last byte", "", "h09 h10",
+        "Fence")
+    row("copying", "CopyDone: of a step, failed", "stop the other steps, free what nothing writes into, refuse:"
+        " copy_failed", "none", "h12", "AbortCopy Refused")
     row("copying", "CopyDone: failed", "free its slots, refuse: copy_failed", "none", "", "Refused")
     row("copying", "CopyDone, CopyStopped, Pushed, Stopped: of another reservation",
         "only that one's quarantine ends", "", "h14")
     row("none, fencing, retained", "CopyDone, CopyStopped, Pushed, Stopped",
         "only that reservation's quarantine ends", "", "h14")
+    step = "show and hold it, and what stands ready behind it; begin the next"
+    row("copying", "Fenced: alive, of a step", step, "", "h07", "Delta StartCopy Reserved")
+    row("copying", "Fenced: alive, of a step that has others before it", "keep it: nothing is shown out of order")
+    row("copying", "Pushed: good, of a step", step, "", "h07", "Delta Push Reserved")
     row("copying", "Pushed: good", "commit", "retained", "h03 h07", "Delta Committed")
     row("copying", "Pushed: failed", "free its slots, refuse", "none", "", "Refused")
     row("none, copying, retained", "Fenced", "ignored: nothing asks", "", "h14")
@@ -125,6 +135,8 @@ def _destination() -> None:
     row("fencing", "Fenced: not alive", "free its slots, refuse: source_changed", "none", "h09 h31", "Refused")
     row("none", "End", "ignored: nothing is here of it")
     row("copying", "End", "stop the read; its slots go into quarantine", "none", "h12", "AbortCopy")
+    row("copying", "End: in steps", "stop every read that runs; their slots go into quarantine; what is shown stays",
+        "none", "h12", "AbortCopy")
     row("copying", "End: by push", "ask the source to stop; its slots go into quarantine", "none", "h12", "Stop")
     row("fencing", "End", "free its slots", "none")
     row("retained", "End", "the retention ends", "none", "h33")

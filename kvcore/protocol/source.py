@@ -210,7 +210,7 @@ class Source:
         out.append(
             StartCopy(
                 m.rid, False, src, m.epoch, m.location, m.slots, m.src_location, m.src_slots, m.lens, m.endpoint,
-                m.keys, m.terms,
+                m.keys, m.terms, m.after,
             )
         )
 

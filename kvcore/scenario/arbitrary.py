@@ -314,6 +314,7 @@ class _Drawer:
         dst = self._elsewhere(src)
         self.homes[prompt].append(dst)
         self.moves.append(f"m{len(self.moves) + 1}")
+        step = Tokens(draw.integer(1, 2), True) if draw.once_in(3) else None
         return Step(
             move=Move(
                 src=src,
@@ -326,6 +327,8 @@ class _Drawer:
                 deadline=draw.choice(PAUSES) if racing and draw.once_in(16) else None,
                 background=self._background(racing),
                 name=self.moves[-1],
+                granularity="move" if step is None else "prefix",
+                step=step,
             )
         )
 

@@ -14,6 +14,7 @@ from kvcore.protocol.messages import (
     Fetch,
     Pin,
     Registered,
+    Reserved,
     Retain,
     Rid,
     event_name,
@@ -114,6 +115,26 @@ def _committed(c: Checker, s: Scene, event: int, retention: Retention, effects: 
     rank = ghost.dst.index(s.node)
     for key in ghost.keys[:n]:
         c.ghosts.seat(ghost, rank, key, place)
+
+
+# ---- what a move that goes in steps shows before its end
+def watch_shown(c: Checker, s: Scene, effects: Sequence[Effect]) -> None:
+    """Truth: when a destination says for the first time that a prefix is visible, it is. (Said again, on being asked
+    again, it may have been taken away by another move meanwhile; the next step puts it back.)"""
+    if isinstance(s.message, (Fetch, Retain)):
+        return
+    for effect in effects:
+        m = effect.msg if type(effect) is Send else None
+        if type(m) is not Reserved or not m.shown:
+            continue
+        ghost = c.ghosts.open.get(m.event)
+        if ghost is None:
+            continue
+        slots = s.shadow.pools[ghost.dst_location].slots
+        visible = next((i for i, key in enumerate(ghost.keys[: m.shown]) if key not in slots), m.shown)
+        if visible < m.shown:
+            text = f"event {event_name(m.event)} shows {m.shown} chunks, the first {visible} are visible"
+            c.say("Truth", s.node, s.now, f"{text} in {ghost.dst_location}", m.event)
 
 
 # ---- copies that run

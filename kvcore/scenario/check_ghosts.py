@@ -48,13 +48,8 @@ class Ghost:
         request: MoveRequest,
         src: Tuple[str, ...],
         dst: Tuple[str, ...],
-        parent: int = 0,
-        stepped: bool = False,
     ) -> None:
         self.number: int = number
-        self.parent: int = parent
-        #: a move prefix by prefix, as its children do it
-        self.stepped: bool = stepped
         self.src: Tuple[str, ...] = src
         self.dst: Tuple[str, ...] = dst
         self.src_location: str = request.src[1]
@@ -81,7 +76,7 @@ class Ghost:
     @property
     def drain(self) -> bool:
         """It only sums what its children do."""
-        return self.stepped or not self.keys
+        return not self.keys
 
     def spent(self) -> bool:
         """Nothing of it is left that could still delete: over, unpinned, unretained."""

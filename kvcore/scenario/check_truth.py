@@ -41,8 +41,7 @@ def _begun(c: Checker, machine: Controller, record: Begin) -> None:
     event = machine.moves.events.get(record.event)
     src = tuple(event.src) if event is not None else ()
     dst = tuple(event.dst) if event is not None else ()
-    stepped = bool(request.keys) and record.event in machine.drains.open
-    c.ghosts.begin(Ghost(record.event, request, src, dst, record.parent, stepped))
+    c.ghosts.begin(Ghost(record.event, request, src, dst))
 
 
 def _decided(c: Checker, now: int, node: str, machine: Controller, number: int, n: int) -> None:
@@ -71,9 +70,6 @@ def _ended(c: Checker, now: int, node: str, record: Outcome) -> None:
     ghost = c.ghosts.open.get(number)
     if ghost is None:
         return
-    parent = c.ghosts.open.get(ghost.parent)
-    if parent is not None and parent.stepped:
-        parent.drops.update(ghost.drops)
     before = ghost.state
     if before and before != record.state:
         c.say("Truth", node, now, f"event {event_name(number)} was {before} and is now {record.state}", number)
@@ -82,7 +78,7 @@ def _ended(c: Checker, now: int, node: str, record: Outcome) -> None:
     elif record.state == "done" and ghost.replied >= 0 and record.num_tokens != ghost.replied:
         text = f"drain {event_name(number)} is done with {record.num_tokens} tokens, planned {ghost.replied}"
         c.say("Truth", node, now, text, number)
-    elif record.state == "failed" and ghost.drops and (ghost.stepped or not ghost.drain):
+    elif record.state == "failed" and ghost.drops and not ghost.drain:
         text = f"event {event_name(number)} has failed, and has deleted {sum(ghost.drops.values())} chunks"
         c.say("Truth", node, now, text, number)
     ghost.state = record.state

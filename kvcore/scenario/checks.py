@@ -18,7 +18,7 @@ from kvcore.protocol.machine import Boot, Effect, Input, Machine, ReadDone, Rece
 from kvcore.protocol.messages import Clear, Cleared, Inc, Key, Rid, event_name
 from kvcore.protocol.pool import Pool
 from kvcore.protocol.worker import Worker
-from kvcore.scenario.check_commit import Write, watch_pins, watch_retentions, watch_writes
+from kvcore.scenario.check_commit import Write, watch_pins, watch_retentions, watch_shown, watch_writes
 from kvcore.scenario.check_ghosts import Ghosts, Place
 from kvcore.scenario.check_loss import Scene, unmounts, vanished
 from kvcore.scenario.check_quiet import quiet_lines
@@ -118,6 +118,7 @@ class Checker:
         watch_pins(self, scene)
         watch_retentions(self, scene, effects)
         watch_writes(self, scene, effects)
+        watch_shown(self, scene, effects)
         if whole:
             for line in recount(worker):
                 self.say("Free", node, now, line)

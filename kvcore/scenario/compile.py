@@ -194,12 +194,17 @@ class Compiler:
             not body.if_room,
             (),
             self._terms(body),
-            step_chunks(self.own[src[0]]) if body.granularity == "prefix" else 0,
+            self._step(self.own[src[0]], body),
         )
         what = "all" if body.all else f"{body.prompt}, {sum(lens)} tokens"
         text = f"{what}: {body.src} -> {body.dst}{', copy' if body.copy else ''}"
         more_ns = max(0, deadline_ns - self.config.deadline_ns)
         return self._plain(name, "move", body, text, (request,), more_ns=more_ns)
+
+    def _step(self, own: Namespace, body: Any) -> int:
+        if body.granularity != "prefix":
+            return 0
+        return step_chunks(own, body.step.count(own.chunk_tokens) if body.step is not None else 0)
 
     def _terms(self, body: Any) -> Optional[Terms]:
         cap = 0 if body.cap is None else int(body.cap.bytes_per_s)

@@ -7,7 +7,7 @@ from typing import Any, Dict, Iterable, List, Mapping, Optional, Protocol, Seque
 import msgspec
 
 from kvcore.protocol.machine import Begin, CopyDone, Effect, Input, Journal, Outcome, Received, Send, StartCopy
-from kvcore.protocol.messages import Fetch, Found, MoveRequest, Push, Pushed, Rid, SourceOutcome, event_name
+from kvcore.protocol.messages import Fenced, Fetch, Found, MoveRequest, Push, Pushed, Rid, SourceOutcome, event_name
 from kvcore.scenario.faults import Action
 
 
@@ -57,7 +57,7 @@ class EventPhases(msgspec.Struct, frozen=True, gc=False, forbid_unknown_fields=T
     """Where a done move's time went. ``control``: from its request at the controller to the start of its last copy;
     ``copy``: from there to the end of the last copy, less ``queue``, what the driver says it waited for others;
     ``commit``: from there to its final answer. A move that copied nothing is all control. One that goes prefix by
-    prefix: the sums of its steps, and what was between them is control."""
+    prefix: its copies follow one another, so that they are as one, and it is all there at the last one's end."""
 
     event: int
     op: str
@@ -161,17 +161,16 @@ def _full(operation: Operation) -> Dict[str, Any]:
 class _Open:
     """A move that has begun and has not ended."""
 
-    def __init__(self, request: MoveRequest, begun_ns: int, parent: int) -> None:
+    def __init__(self, request: MoveRequest, begun_ns: int) -> None:
         self.op: str = request.op
-        self.stepped: bool = request.step > 0
         self.begun_ns: int = begun_ns
-        self.parent: int = parent
-        self.steps: List[EventPhases] = []
         self.started_ns: int = -1
         self.copied_ns: int = -1
         self.queue_ns: int = 0
         self.bytes: int = 0
         self.rids: List[Rid] = []
+        #: those whose bytes follow another's of this move
+        self.behind: Dict[Rid, None] = {}
 
 
 class PhaseTracker:
@@ -197,20 +196,23 @@ class PhaseTracker:
                 self._fetched(now, node, message.event, effects)
             elif type(message) is Pushed:
                 self._copied(now, message.rid)
+                self._went_on(node, effects)
+            elif type(message) is Fenced:
+                self._went_on(node, effects)
         elif kind is CopyDone:
             self._copied(now, item.rid)  # type: ignore[union-attr]
 
     def queued(self, rid: Rid, ns: int) -> None:
         """The driver's word: of this copy's time it waited so long for others."""
         move = self._open.get(self._event_of.get(rid, 0))
-        if move is not None:
+        if move is not None and rid not in move.behind:  # one that waited for its own move's bytes has not queued
             move.queue_ns = max(move.queue_ns, ns)
 
     def _journaled(self, now: int, effect: Journal) -> None:
         record = effect.record
         if type(record) is Begin:
             if type(record.request) is MoveRequest:
-                self._open[record.event] = _Open(record.request, now, record.parent)
+                self._open[record.event] = _Open(record.request, now)
         elif type(record) is Outcome:
             move = self._open.pop(record.event, None)
             if move is None:
@@ -224,21 +226,27 @@ class PhaseTracker:
         move = self._open.get(event)
         if move is None:
             return
-        for effect in effects:
-            lens: Tuple[int, ...] = ()
-            if type(effect) is StartCopy:
-                rid = effect.rid
-                lens = effect.lens
-            elif type(effect) is Send and type(effect.msg) is Push:
-                rid = effect.msg.rid
-                lens = effect.msg.lens
-            else:
-                continue
+        for rid, after, lens in _copies(effects):
             if rid not in self._event_of:  # a Push may be sent again
-                self._event_of[rid] = event
-                move.rids.append(rid)
-                move.started_ns = max(move.started_ns, now)
-                move.bytes += sum(lens) * self.bytes_per_token.get(node, 0)
+                if after in self._event_of:
+                    move.behind[rid] = None
+                else:
+                    move.started_ns = max(move.started_ns, now)
+                self._add(node, event, move, rid, lens)
+
+    def _went_on(self, node: str, effects: Sequence[Effect]) -> None:
+        """A part of a move is there: it may have begun the next one's copy."""
+        for rid, after, lens in _copies(effects):
+            event = self._event_of.get(after, 0)
+            move = self._open.get(event)
+            if move is not None and rid not in self._event_of:
+                move.behind[rid] = None
+                self._add(node, event, move, rid, lens)
+
+    def _add(self, node: str, event: int, move: _Open, rid: Rid, lens: Tuple[int, ...]) -> None:
+        self._event_of[rid] = event
+        move.rids.append(rid)
+        move.bytes += sum(lens) * self.bytes_per_token.get(node, 0)
 
     def _copied(self, now: int, rid: Rid) -> None:
         move = self._open.get(self._event_of.get(rid, 0))
@@ -246,22 +254,25 @@ class PhaseTracker:
             move.copied_ns = max(move.copied_ns, now)
 
     def _finish(self, now: int, event: int, move: _Open) -> None:
-        if move.steps:
-            queue, copy, commit = (sum(one) for one in zip(*((s.queue_ns, s.copy_ns, s.commit_ns) for s in move.steps)))
-            control = now - move.begun_ns - queue - copy - commit
-            nbytes = sum(one.bytes for one in move.steps)
-            self.done.append(EventPhases(event, move.op, control, queue, copy, commit, nbytes))
-            return
         started = move.started_ns if move.copied_ns >= 0 else now
         copied = max(move.copied_ns, started)
         queue = min(move.queue_ns, copied - started)
-        done = EventPhases(
-            event, move.op, started - move.begun_ns, queue, copied - started - queue, now - copied, move.bytes
+        self.done.append(
+            EventPhases(
+                event, move.op, started - move.begun_ns, queue, copied - started - queue, now - copied, move.bytes
+            )
         )
-        self.done.append(done)
-        parent = self._open.get(move.parent)
-        if parent is not None and parent.stepped:  # the chains of a drain overlap
-            parent.steps.append(done)
+
+
+def _copies(effects: Sequence[Effect]) -> List[Tuple[Rid, Rid, Tuple[int, ...]]]:
+    """(id, the one before it in its move, lens) of the copies that a destination begins or asks for."""
+    found: List[Tuple[Rid, Rid, Tuple[int, ...]]] = []
+    for effect in effects:
+        if type(effect) is StartCopy:
+            found.append((effect.rid, effect.after, effect.lens))
+        elif type(effect) is Send and type(effect.msg) is Push:
+            found.append((effect.msg.rid, effect.msg.after, effect.msg.lens))
+    return found
 
 
 class _Step(Protocol):

@@ -33,7 +33,8 @@ class Move(Body, frozen=True, kw_only=True):
     """``prompt`` (its first ``tokens``), or ``all: true``: everything there, a drain. ``if_room``: evict nothing.
 
     ``priority``, ``weight``: whose bytes go first for real, and how those of one priority share; the simulator shares
-    alike. ``cap``: never faster. ``granularity: prefix``: longer and longer prefixes become visible on the way.
+    alike. ``cap``: never faster. ``granularity: prefix``: longer and longer prefixes become visible on the way, by
+    ``step`` at a time (64 MiB).
     """
 
     src: str = field(name="from")
@@ -49,6 +50,7 @@ class Move(Body, frozen=True, kw_only=True):
     weight: Annotated[int, Meta(ge=1, le=1000)] = 1
     cap: Optional[Rate] = None
     granularity: Literal["move", "prefix"] = "move"
+    step: Optional[Tokens] = None
 
 
 class Lookup(Body, frozen=True, kw_only=True):

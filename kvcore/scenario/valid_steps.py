@@ -154,6 +154,12 @@ def _move(scenario: Scenario, path: Path, move: Move) -> Iterator[Mistake]:
         yield Mistake((*path, "all"), f"found all: true and a {name}, expected one of them")
     elif not move.all and not move.prompt:
         yield Mistake(path, "found no prompt, expected 'prompt: NAME', or 'all: true' for all that is there")
+    if move.granularity == "prefix" and move.all:
+        yield Mistake((*path, "granularity"), "found prefix and all: true, expected a prompt that has prefixes")
+    if move.step is not None and move.granularity != "prefix":
+        yield Mistake((*path, "step"), "found a step of a move that goes all at once, expected granularity: prefix")
+    elif move.step is not None and move.step.number < 1:
+        yield Mistake((*path, "step"), f"found {move.step}, expected 1 token or more")
 
 
 def _prompt(

@@ -155,8 +155,6 @@ class EventLog:
         number = begin.event
         request = begin.request
         kind = "pin" if isinstance(request, PinRequest) else "move" if request.keys else "drain"
-        if kind == "move" and number in self.machine.drains.open:
-            kind = "stepped"
         record = self.records[number] = Record(number, kind, now, not restoring)
         record.lens = request.lens
         machine = self.machine
@@ -170,10 +168,7 @@ class EventLog:
         record.drain = machine.drains.open.get(number)
         record.parent = begin.parent
         if record.parent in self.records:
-            whole = self.records[record.parent]
-            if whole.kind == "move":  # of a life before this controller's
-                whole.kind = "stepped"
-            children = whole.children
+            children = self.records[record.parent].children
             if len(children) < MAX_CHILDREN:
                 children.append(number)
         spaces = [rank.register.namespace for rank in machine.registry.instance(request.src[0]) or []]

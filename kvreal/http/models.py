@@ -18,7 +18,7 @@ Found = Annotated[List[Union[str, int]], Meta(min_length=2, max_length=2)]
 Place = Annotated[Tuple[Name, Name], Meta(description="[instance_id, location]")]
 Idem = Annotated[str, Meta(max_length=256)]
 State = Literal["", "pinning", "reserving", "copying", "releasing", "done", "failed", "held"]
-Kind = Literal["", "move", "copy", "stepped", "drain", "pin", "clear"]
+Kind = Literal["", "move", "copy", "drain", "pin", "clear"]
 IDEM_ABOUT = "A repeated request with the same key gets the first one's event, also after a restart, and moves nothing."
 
 

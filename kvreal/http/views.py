@@ -78,7 +78,7 @@ class Record:
     @property
     def many(self) -> bool:
         """Several moves together."""
-        return self.kind in ("drain", "stepped")
+        return self.kind == "drain"
 
     def enter(self, state: str, now: int) -> None:
         self.state = state

@@ -169,11 +169,10 @@ class Transfer:
 
     def start(self, copy: Copy) -> None:
         rid = copy.effect.rid
-        job = Job(copy)
         with self.lock:
             if rid in self.jobs:
                 return  # carried out twice: the first one's end answers both
-            self.jobs[rid] = job
+            job = self.jobs[rid] = Job(copy, self.jobs.get(copy.effect.after))
         self.workers.run(lambda: self._run(job))
 
     def abort(self, rid: Rid) -> None:
@@ -251,6 +250,7 @@ class Transfer:
             state, why = "failed", f"{type(error).__name__}: {error}"
         if state == "stopped" and job.expired:
             state, why = "failed", "copy_max_ns passed"
+        self.flow.pass_by(job)
         if state != "done":
             self._forget(job)
         now = time.monotonic_ns()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 import time
-from typing import Final, List
+from typing import Final, List, Optional
 
 from kvreal.transfer.job import Job
 
@@ -39,6 +39,15 @@ class Flow:
     def leave(self, job: Job) -> None:
         with self.changed:
             self.active.remove(job)
+            job.over = True
+            self.changed.notify_all()
+
+    def pass_by(self, job: Job) -> None:
+        """A copy that has ended: nobody waits for it any more, also if it has never moved a byte."""
+        with self.changed:
+            job.over = True
+            job.before = None
+            self.changed.notify_all()
 
     def turn(self, job: Job, nbytes: int, wait: bool = True) -> bool:
         """Wait until the copy may move that many bytes; without ``wait`` False if it may not yet. Stopped if it is told
@@ -47,7 +56,7 @@ class Flow:
             return False
         with self.changed:
             job.service = max(job.service, self.clock)
-            if not self.busy and not self.waiting:
+            if not self.busy and not self.waiting and not _behind(job):
                 self._take(job, nbytes)
                 return True
             if not wait:
@@ -67,11 +76,18 @@ class Flow:
         self.busy = True
         self.clock = job.service
         job.service += nbytes / job.weight
+        job.asked_bytes += nbytes
+        job.over = job.over or job.asked_bytes >= job.nbytes
         if job.cap_bytes_per_s > 0:
             job.free_at_s += nbytes / job.cap_bytes_per_s
 
-    def _next(self) -> Job:
-        return min(self.waiting, key=lambda job: (-job.priority, job.service))
+    def _next(self) -> Optional[Job]:
+        """Of those that wait for nothing else."""
+        return min(
+            [job for job in self.waiting if not _behind(job)],
+            key=lambda job: (-job.priority, job.service),
+            default=None,
+        )
 
     def done(self) -> None:
         with self.changed:
@@ -101,8 +117,13 @@ class Flow:
         """How many batches of a copy may be in flight at once, where that is more than one: by weight, and one while
         a copy of a higher priority is there."""
         with self.changed:
-            others = [one for one in self.active if one is not job]
+            others = [one for one in self.active if one is not job and not _behind(one)]
             if any(one.priority > job.priority for one in others):
                 return 1
             weights = sum(one.weight for one in others if one.priority == job.priority)
             return max(1, round(most * job.weight / (job.weight + weights)))
+
+
+def _behind(job: Job) -> bool:
+    """Whether a copy of the same move has bytes to move before it."""
+    return job.before is not None and not job.before.over

@@ -63,9 +63,15 @@ class Stopped(Exception):
 class Job:
     """A copy under way. ``wake`` is how its transport wakes a thread that waits for the network."""
 
-    def __init__(self, copy: Copy) -> None:
+    def __init__(self, copy: Copy, before: Optional[Job] = None) -> None:
+        """``before``: a copy of the same move whose bytes go first."""
         effect = copy.effect
         self.copy: Copy = copy
+        self.before: Optional[Job] = before
+        self.asked_bytes: int = 0
+        """Of how many bytes it has had its turn."""
+        self.over: bool = False
+        """It asks for no more turns."""
         self.asked_ns: int = time.monotonic_ns()
         self.began_ns: int = 0
         self.deadline_ns: int = self.asked_ns + copy.copy_max_ns

@@ -244,12 +244,31 @@ WRITER: Dict[str, Case] = {
 
 
 # ---- destination and quarantine: b/0, which takes x from a/0
-def fetch(w: Story, text: str = "x", event: int = E, by_push: bool = False, epoch: int = 0) -> Fetch:
+def fetch(
+    w: Story, text: str = "x", event: int = E, by_push: bool = False, epoch: int = 0, step: int = 0
+) -> Fetch:
     here = (epoch, 0) if epoch else inc(w)
     src_epoch = w.worker("a/0").epoch
+    slots = tuple(range(3, 3 + len(text)))
     return Fetch(
-        1, event, CPU, here, keys(text), lens(text), "a/0", src_epoch, CPU, (src_epoch, 1), (3,), 30 * S, 0, by_push
-    )
+        1, event, CPU, here, keys(text), lens(text), "a/0", src_epoch, CPU, (src_epoch, 1), slots, 30 * S, 0, by_push,
+        step=step,
+    )  # fmt: skip
+
+
+def in_steps(given: Callable[[Story], Input], by_push: bool = False, copied: bool = False, nth: int = 0) -> Case:
+    """Four chunks in four steps. ``nth``: the step that it is about; ``copied``: its bytes are there."""
+
+    def case(state: str) -> Tuple[Story, Act]:
+        w = reserved("none")
+        hear(w, fetch(w, "wxyz", by_push=by_push, step=1))
+        parts = w.worker("b/0").destination.reservations[E].parts
+        w.rid = parts[nth].rid
+        if copied:
+            w.give("b/0", CopyDone(w.rid, True))
+        return w, lambda: w.give("b/0", given(w))
+
+    return case
 
 
 def reserved(state: str, by_push: bool = False, held: bool = False) -> Story:
@@ -286,6 +305,15 @@ DESTINATION: Dict[str, Case] = {
     "Fetch": told(fetch),
     "Fetch: another incarnation than mine": told(lambda w: fetch(w, epoch=77)),
     "Fetch: by push": told(lambda w: fetch(w, by_push=True), by_push=True),
+    "Fetch: in steps": told(lambda w: fetch(w, "wxyz", step=1)),
+    "CopyDone: of a step": in_steps(lambda w: CopyDone(w.rid, True)),
+    "CopyDone: of a step, failed": in_steps(lambda w: CopyDone(w.rid, False)),
+    "Fenced: alive, of a step": in_steps(heard(lambda w: Fenced(w.rid, True), "a/0"), copied=True),
+    "Fenced: alive, of a step that has others before it": in_steps(
+        heard(lambda w: Fenced(w.rid, True), "a/0"), copied=True, nth=1
+    ),
+    "Pushed: good, of a step": in_steps(heard(lambda w: Pushed(w.rid, True), "a/0"), by_push=True),
+    "End: in steps": in_steps(heard(lambda w: End(1, E), "ctl")),
     "Fetch: all is here": told(fetch, held=True),
     "Fetch: no slot for the first": told(fetch, full=True),
     "Retain": told(lambda w: Retain(1, E, CPU, 0)),

@@ -96,12 +96,20 @@ class Story(World):
         return self.answers[op][-1].state
 
     def move(
-        self, src: str, dst: str, text: str, op: str = "", copy: bool = False, idem: str = "", location: str = CPU
+        self,
+        src: str,
+        dst: str,
+        text: str,
+        op: str = "",
+        copy: bool = False,
+        idem: str = "",
+        location: str = CPU,
+        step: int = 0,
     ) -> int:
         """Ask for a move; its event, or 0 if it is refused. Nothing is delivered yet."""
         begun = self.begun()
         request = MoveRequest(
-            op or self.op(), (src, CPU), (dst, location), keys(text), lens(text), copy=copy, idem=idem
+            op or self.op(), (src, CPU), (dst, location), keys(text), lens(text), copy=copy, idem=idem, step=step
         )
         self.request(request)
         return self.begun()[-1] if len(self.begun()) > len(begun) else 0

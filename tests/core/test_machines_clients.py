@@ -2,8 +2,21 @@
 
 from __future__ import annotations
 
+import pytest
+
 from kvcore.protocol.config import Rules
-from kvcore.protocol.messages import CancelRequest, MoveRequest, PinRequest, Release, StatusRequest, UnpinRequest
+from kvcore.protocol.messages import (
+    NO_ID,
+    CancelRequest,
+    End,
+    MoveRequest,
+    PinRequest,
+    Release,
+    Rid,
+    StatusRequest,
+    Stop,
+    UnpinRequest,
+)
 from tests.core.drive import CPU, Story, keys, lens
 
 
@@ -47,20 +60,27 @@ def test_a_cancelled_drain_fails_what_is_not_decided() -> None:
     assert sorted(w.at("a/0")) == ["x", "y", "z"] and w.at("b/0") == "" and w.leaks() == ""
 
 
-def stepped(step: int, held: str = "wxyz", **more: object) -> Story:
+def stepped(step: int, held: str = "wxyz", push: bool = False, step_window: int = 3) -> Story:
     """A move of four chunks, prefix by prefix."""
-    w = Story(Rules())
+    w = Story(Rules(), push=push, step_window=step_window)
     w.store("a/0", held)
     w.mail()
-    w.request(MoveRequest("s", ("a", CPU), ("b", CPU), keys("wxyz"), lens("wxyz"), step=step, **more))  # type: ignore[arg-type]
+    w.request(MoveRequest("s", ("a", CPU), ("b", CPU), keys("wxyz"), lens("wxyz"), step=step))
     return w
 
 
-def test_a_stepped_move_shows_prefix_after_prefix_and_deletes_at_the_end() -> None:
-    w = stepped(1)
-    parent = w.begun()[0]
+def fence(w: Story, rid: Rid) -> None:
+    """The copy of that reservation ends, and the source says that it was good."""
+    w.finish_copy("b/0", rid)
+    w.mail(keep=(Release, End))
+
+
+@pytest.mark.parametrize("push", [False, True])
+def test_a_stepped_move_shows_prefix_after_prefix_and_deletes_at_the_end(push: bool) -> None:
+    w = stepped(1, push=push)
+    event = w.begun()[0]
     seen = []
-    while w.status(parent).state == "copying":
+    while w.status(event).state not in ("done", "failed"):
         here = w.at("b/0")
         if here not in seen:
             seen.append(here)
@@ -68,28 +88,112 @@ def test_a_stepped_move_shows_prefix_after_prefix_and_deletes_at_the_end() -> No
             assert w.at("a/0") == "wxyz"  # all of it, until the last prefix is there
         w.step()
     w.settle()
-    assert seen[:4] == ["", "w", "wx", "wxy"]
-    answer = w.status(parent)
+    assert seen == ["", "w", "wx", "wxy", "wxyz"]
+    answer = w.status(event)
     assert (answer.state, answer.num_tokens, answer.n) == ("done", 4, 4)
+    assert [one.deleted for one in answer.source] == [4]
     assert (w.at("a/0"), w.at("b/0"), w.leaks()) == ("", "wxyz", "")
     assert [answer.state for answer in w.answers["s"]] == ["copying", "done"]
 
 
+def test_steps_are_under_way_at_once_and_each_follows_the_one_before_it() -> None:
+    w = stepped(1, step_window=3)
+    w.mail()
+    copies = {rid: copy for (_, rid), (copy, _) in w.copies.items()}
+    first, second, third = copies
+    assert [copy.after for copy in copies.values()] == [NO_ID, first, second]
+    assert {copy.keys for copy in copies.values()} == {keys("w"), keys("x"), keys("y")}
+    fence(w, first)
+    assert w.at("b/0") == "w"
+    (fourth,) = [rid for _, rid in w.copies if rid not in copies]
+    assert w.copies["b/0", fourth][0].after == third
+
+
+def test_a_step_that_is_there_before_those_before_it_is_not_visible() -> None:
+    w = stepped(1)
+    w.mail()
+    first, second, third = [rid for _, rid in w.copies]
+    fence(w, third)
+    fence(w, second)
+    assert w.at("b/0") == "" and w.controller().moves.events[w.begun()[0]].shown == [0]
+    fence(w, first)
+    assert w.at("b/0") == "wxy" and w.controller().moves.events[w.begun()[0]].shown == [3]
+    w.settle()
+    assert (w.at("a/0"), w.at("b/0"), w.leaks()) == ("", "wxyz", "")
+
+
+def test_steps_go_one_by_one_where_that_is_asked() -> None:
+    w = stepped(1, step_window=1)
+    w.mail()
+    assert len(w.copies) == 1
+    w.settle()
+    assert (w.at("a/0"), w.at("b/0"), w.leaks()) == ("", "wxyz", "")
+
+
+@pytest.mark.parametrize("push", [False, True])
+def test_a_step_whose_copy_fails_ends_the_move_and_those_behind_it(push: bool) -> None:
+    w = stepped(1, push=push)
+    event = w.begun()[0]
+    w.mail()
+    node = "a/0" if push else "b/0"
+    first, second, third = [rid for _, rid in w.copies]
+    w.finish_copy(node, first)
+    w.mail(keep=(Release, End))
+    w.finish_copy(node, second, ok=False)
+    w.mail(keep=(Stop,))
+    assert set(w.worker("b/0").destination.quarantines) >= {third}  # its bytes may still land
+    w.settle()
+    answer = w.status(event)
+    assert (answer.state, answer.reason) == ("failed", "copy_failed")
+    assert (w.at("a/0"), w.at("b/0"), w.leaks(), w.wrong_bytes()) == ("wxyz", "w", "", "")
+
+
+def test_steps_that_the_destination_has_already_are_not_copied() -> None:
+    w = Story(Rules())
+    w.store("a/0", "wxyz")
+    w.store("b/0", "wx")
+    w.mail()
+    w.request(MoveRequest("s", ("a", CPU), ("b", CPU), keys("wxyz"), lens("wxyz"), step=1))
+    w.mail()
+    assert [copy.keys for copy, _ in w.copies.values()] == [keys("y"), keys("z")]
+    w.settle()
+    assert (w.at("a/0"), w.at("b/0"), w.leaks()) == ("", "wxyz", "")
+
+
+def test_what_another_move_takes_away_stands_again_with_the_next_step() -> None:
+    w = Story(Rules(), {"a": 4, "b": 4, "c": 4})
+    w.store("a/0", "wxyz")
+    w.mail()
+    w.request(MoveRequest("s", ("a", CPU), ("b", CPU), keys("wxyz"), lens("wxyz"), step=2))
+    w.mail()
+    first, second = [rid for _, rid in w.copies]
+    fence(w, first)
+    w.move("b", "c", "wx")
+    w.mail()
+    w.finish_copy("c/0", w.copying("c/0"))
+    w.mail()
+    assert (w.at("b/0"), w.at("c/0")) == ("", "wx")
+    fence(w, second)
+    assert w.at("b/0") == "wxyz"
+    w.settle()
+    assert (w.at("a/0"), w.at("b/0"), w.at("c/0"), w.leaks(), w.wrong_bytes()) == ("", "wxyz", "wx", "", "")
+
+
 def test_a_stepped_move_of_what_is_held_only_in_part_moves_that_part() -> None:
     w = stepped(2, held="wxy")
-    assert w.answers["s"][0].num_tokens == 3
     w.settle()
+    assert w.answers["s"][0].num_tokens == 3
     assert (w.at("a/0"), w.at("b/0")) == ("", "wxy")
 
 
 def test_a_stepped_move_that_fails_has_deleted_nothing() -> None:
     w = stepped(2)
-    parent = w.begun()[0]
+    event = w.begun()[0]
     while w.at("b/0") != "wx":
         w.step()
-    w.ask(CancelRequest("c", parent), "c")
+    w.ask(CancelRequest("c", event), "c")
     w.settle()
-    answer = w.status(parent)
+    answer = w.status(event)
     assert (answer.state, answer.reason) == ("failed", "cancelled")
     assert (w.at("a/0"), w.at("b/0"), w.leaks()) == ("wxyz", "wx", "")
 

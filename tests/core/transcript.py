@@ -2,7 +2,7 @@
 
     > world a=4 b=4 [ranks=2] [push] [twin=b]     instances and their slots; twin claims the id of another
     > store a/0 xy          > use a/0 x           the chain of x and its child y
-    > move M a b xy [copy] [idem=k]               > drain D a b
+    > move M a b xy [copy] [idem=k] [step=1]      > drain D a b
     > cancel M   > status M   > lookup xy         > clear b   > pin P b x   > unpin P
     > mail                                        deliver all that is under way, end no copy
     > settle                                      and end every copy, store and read
@@ -39,7 +39,7 @@ from kvcore.scenario.world import World
 from tests.core.drive import CPU, Story, keys, lens
 
 NUMBERS = ("event", "parent", "epoch", "src_epoch", "peer_epoch")
-IDS = ("inc", "pid", "rid")
+IDS = ("inc", "pid", "rid", "after")
 HIDDEN = (
     "namespace",
     "lens",
@@ -171,7 +171,8 @@ class Play:
 
     def do_move(self, op: str, src: str, dst: str, text: str, *more: str) -> None:
         idem = next((word[5:] for word in more if word.startswith("idem=")), "")
-        event = self.w.move(src, dst, text, op, "copy" in more, idem)
+        step = next((int(one[5:]) for one in more if one.startswith("step=")), 0)
+        event = self.w.move(src, dst, text, op, "copy" in more, idem, step=step)
         self.events.setdefault(op, event)
 
     def do_drain(self, op: str, src: str, dst: str) -> None:

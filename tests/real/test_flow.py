@@ -136,3 +136,45 @@ def test_room_goes_by_weight_and_yields_to_a_higher_priority() -> None:
     assert (flow.room(one, 8), flow.room(first, 8)) == (1, 8)
     flow.leave(first)
     assert flow.room(one, 8) == 2
+
+
+def test_a_copy_behind_another_of_its_move_waits_for_that_one_s_last_turn_only() -> None:
+    flow = Flow()
+    first = job(1)
+    first.nbytes = 2 * MIB
+    effect = StartCopy((1, 2), True, "a/0", 1, "cpu", (0,), "cpu", (0,), (1,))
+    second = Job(Copy(effect, "", 1, 1, 10**12), first)
+    other = job(3)
+    for one in (first, second, other):
+        flow.enter(one)
+    assert flow.turn(first, MIB, wait=False)
+    flow.done()
+    assert not flow.turn(second, MIB, wait=False)  # nobody else waits, and still
+    assert flow.turn(other, MIB, wait=False)
+    flow.done()
+    assert flow.turn(first, MIB, wait=False)
+    flow.done()
+    assert flow.turn(second, MIB, wait=False)
+
+
+def test_a_copy_that_has_failed_lets_those_behind_it_go() -> None:
+    flow = Flow()
+    first = job(1)
+    effect = StartCopy((1, 2), True, "a/0", 1, "cpu", (0,), "cpu", (0,), (1,))
+    second = Job(Copy(effect, "", 1, 1, 10**12), first)
+    flow.enter(second)
+    got = threading.Event()
+
+    def want() -> None:
+        flow.turn(second, MIB)
+        got.set()
+
+    thread = threading.Thread(target=want, daemon=True)
+    thread.start()
+    until = time.monotonic() + 10
+    while not flow.waiting and time.monotonic() < until:
+        time.sleep(0.001)
+    assert not got.is_set()
+    flow.pass_by(first)  # it has never come so far as to enter
+    thread.join(10)
+    assert got.is_set()

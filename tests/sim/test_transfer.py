@@ -6,7 +6,7 @@ import msgspec
 import pytest
 
 from kvcore.protocol.config import Config
-from kvcore.protocol.machine import AbortCopy, CloseWindow, CopyDone, CopyStopped, WindowClosed
+from kvcore.protocol.machine import AbortCopy, CloseWindow, CopyDone, CopyStopped, StartCopy, WindowClosed
 from kvcore.scenario.build import build
 from kvcore.scenario.loader import loads
 from kvcore.scenario.schema import CopyFault, Fault, When
@@ -197,6 +197,50 @@ def test_nothing_lands_through_a_closed_window() -> None:
     stage.do("a/0", copy("b/0", (0,), (0,), read=False))
     stage.loop.advance(2 * 10**9)
     assert stage.has("b/0", 0, b"x")
+
+
+def behind(first: int, number: int, slot: int) -> StartCopy:
+    return msgspec.structs.replace(copy("a/0", (slot,), (slot,), rid=(1, number)), after=(1, first))
+
+
+def test_copies_of_one_move_follow_one_another_with_nothing_between_them() -> None:
+    profile = msgspec.structs.replace(PROFILE, transfer_ns=500, descriptor_ns=7)
+    stage = Stage(profile=profile)
+    start = stage.loop.now_ns
+    effects = [copy("a/0", (0,), (0,)), behind(1, 2, 1), behind(2, 3, 2)]
+    for effect in effects:
+        stage.do("b/0", effect)
+    stage.loop.advance(10**9)
+    ends = [at for at, _ in stage.puppet("b/0").seen]
+    # 1,000 bytes at 1 GB/s each; they get ready at the same time
+    assert ends[0] == start + 100 + 500 + 7 + 1000
+    assert [ends[1] - ends[0], ends[2] - ends[1]] == [1007, 1007]
+    assert [one.rid for one in stage.seen("b/0")] == [(1, 1), (1, 2), (1, 3)]  # type: ignore[union-attr]
+
+
+def test_a_copy_goes_when_the_one_before_it_is_aborted_and_is_skipped_when_it_is_aborted_itself() -> None:
+    stage = Stage()
+    for effect in (copy("a/0", (0,), (0,)), behind(1, 2, 1), behind(2, 3, 2)):
+        stage.do("b/0", effect)
+    stage.loop.advance(stage.loop.now_ns + 200)
+    stage.do("b/0", AbortCopy((1, 2)))
+    stage.do("b/0", AbortCopy(RID))
+    stage.loop.advance(10**9)
+    assert stage.seen("b/0") == [CopyStopped((1, 2)), CopyStopped(RID), CopyDone((1, 3), True)]
+    assert not stage.cluster.fabric.flows and not stage.cluster.transfers.active
+
+
+def test_a_copy_that_waits_behind_another_goes_on_when_its_process_does() -> None:
+    stage = Stage()
+    for effect in (copy("a/0", (0,), (0,)), behind(1, 2, 1)):
+        stage.do("b/0", effect)
+    stage.loop.advance(stage.loop.now_ns + 200)
+    stage.cluster.nodes["a/0"].pause()
+    stage.loop.advance(stage.loop.now_ns + 5000)
+    assert stage.seen("b/0") == [CopyDone(RID, True)]  # the one behind it is not let in
+    stage.cluster.nodes["a/0"].resume()
+    stage.loop.advance(10**9)
+    assert stage.seen("b/0") == [CopyDone(RID, True), CopyDone((1, 2), True)]
 
 
 def faulty(**copy_fault: object) -> Stage:

@@ -16,8 +16,10 @@ Y: Final[Key] = b"y"
 Z: Final[Key] = b"z"
 
 
-def move(op: str, src: str, dst: str, keys: Tuple[Key, ...] = (X,), copy: bool = False) -> MoveRequest:
-    return MoveRequest(op, (src, "cpu"), (dst, "cpu"), keys, (1,) * len(keys), copy)
+def move(
+    op: str, src: str, dst: str, keys: Tuple[Key, ...] = (X,), copy: bool = False, step: int = 0
+) -> MoveRequest:
+    return MoveRequest(op, (src, "cpu"), (dst, "cpu"), keys, (1,) * len(keys), copy, step=step)
 
 
 AT_A: Final = (("a/0", (X,)),)
@@ -170,6 +172,39 @@ CASES: Final[Tuple[Case, ...]] = (
         (move("m", "a", "b", (X, Y)),),
         budget=Budget(evict=1, lapse=1, cancel=1),
         reach=(DONE,),
+    ),
+    Case(
+        "steps",
+        AB,
+        (("a/0", (X, Y)),),
+        (move("m", "a", "b", (X, Y), step=1),),
+        budget=Budget(lapse=1, cancel=1, fail=1, late=1),
+        reach=(DONE, "failed:cancelled", "refused:source_changed", "refused:copy_failed", "shown:1"),
+    ),
+    Case(
+        "steps-push",
+        AB,
+        (("a/0", (X, Y)),),
+        (move("m", "a", "b", (X, Y), step=1),),
+        push=True,
+        budget=Budget(lapse=1, cancel=1),
+        reach=(DONE, "Stopped", "shown:1"),
+    ),
+    Case(
+        "steps-evict",
+        AB,
+        (("a/0", (X, Y)),),
+        (move("m", "a", "b", (X, Y), step=1),),
+        budget=Budget(evict=1, store=1, clear=1),
+        foreign=(("b/0", Z),),
+        reach=(DONE, "shown:1"),
+    ),
+    Case(
+        "steps-moved-on",
+        {"a": 2, "b": 2, "c": 1},
+        (("a/0", (X, Y)),),
+        (move("m", "a", "b", (X, Y), step=1), move("n", "b", "c")),
+        reach=(DONE, "shown:1"),
     ),
     Case("two-ranks", AB, (("a/0", (X,)), ("a/1", (X,))), (move("m", "a", "b"),), ranks=2, reach=(DONE,)),
     Case(

@@ -178,6 +178,8 @@ class Explorer:
                 name = f"refused:{message.why}"  # type: ignore[union-attr]
             elif kind == "Released" and message.why:  # type: ignore[union-attr]
                 name = f"released:{message.why}"  # type: ignore[union-attr]
+            elif kind == "Reserved" and message.shown:  # type: ignore[union-attr]
+                name = f"shown:{message.shown}"  # type: ignore[union-attr]
             elif kind in ("Stopped", "Resync"):
                 name = kind
             elif type(effect).__name__ == "Note":

@@ -29,7 +29,7 @@ function ago(t) {
 function whole(n) { return n.toLocaleString("en"); }
 function many(n, word) { return whole(n) + " " + word + (n === 1 ? "" : "s"); }
 function now() { return Date.now() / 1e3 + skew; }
-const isMany = e => e.kind === "drain" || e.kind === "stepped";
+const isMany = e => e.kind === "drain";
 function isEnd(e) { return e.state === "done" || e.state === "failed"; }
 function isAbsent(e) { return e.reason === "nothing_held"; }
 function isOpen(e) { return !isEnd(e) && e.kind !== "pin"; }

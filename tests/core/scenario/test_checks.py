@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pickle
-from typing import List
+from typing import List, Tuple
 
 import msgspec
 
@@ -254,18 +254,36 @@ def test_truth_failed_and_deleted() -> None:
     assert broken(watch) == ["Truth"]
 
 
-def test_truth_a_stepped_move_that_failed_and_deleted() -> None:
+def in_steps() -> Tuple[Story, Watch]:
+    """A move in three steps, their copies under way."""
     w = Story(Rules())
     watch = attach(w)
-    w.store("a/0", "xy")
+    w.store("a/0", "xyz")
     w.mail()
-    w.request(MoveRequest("s", ("a", CPU), ("b", CPU), keys("xy"), lens("xy"), step=1))
-    (parent,) = w.controller().drains.open
-    while w.at("a/0"):
-        assert w.step()
-    assert not watch.checker.violations
-    w.controller().drains.open[parent].left.append("planted")
-    w.settle()
+    w.request(MoveRequest("s", ("a", CPU), ("b", CPU), keys("xyz"), lens("xyz"), step=1))
+    w.mail()
+    return w, watch
+
+
+def test_shared_a_step_that_is_visible_before_the_one_before_it() -> None:
+    w, watch = in_steps()
+    (reservation,) = w.worker("b/0").destination.reservations.values()
+    first, second, third = reservation.parts
+    reservation.parts[:] = [second, third]
+    reservation.own[0], reservation.held[0] = -1, -2
+    w.finish_copy("b/0", second.rid)
+    w.mail()
+    assert "Shared" in broken(watch)
+    assert any(one.text == "y is in cpu, what it follows is not" for one in watch.checker.violations)
+
+
+def test_truth_a_step_that_is_said_to_be_visible_and_is_not() -> None:
+    w, watch = in_steps()
+    destination = w.worker("b/0").destination
+    (reservation,) = destination.reservations.values()
+    w.finish_copy("b/0", reservation.parts[0].rid)
+    destination._show = lambda now, r, part: setattr(r, "shown", part.end)  # type: ignore[method-assign]
+    w.mail()
     assert broken(watch) == ["Truth"]
 
 
