@@ -245,3 +245,22 @@ def test_an_unpin_that_runs_is_answered_although_it_is_asked_for_again() -> None
     w.mail()
     assert [answer.state for answer in w.answers["u"]] == ["ok"]
     assert w.ask(UnpinRequest("late", event), "late").reason == "unknown_event"
+
+
+def test_long_steps_are_shown_and_held_as_short_ones_are() -> None:
+    text = "abcdefghijklmnopqrstuvwxy"
+    w = Story(Rules(), {"a": 32, "b": 26, "c": 32})
+    w.store("a/0", text)
+    w.store("b/0", "Z")
+    w.mail()
+    w.request(MoveRequest("s", ("a", CPU), ("b", CPU), keys(text), lens(text), step=9))
+    w.mail()
+    first, second, third = [rid for _, rid in w.copies]
+    fence(w, first)
+    assert w.at("b/0") == "Z" + text[:9]
+    w.store("b/0", "0")  # which finds room where Z was, and not in what is shown
+    assert w.at("b/0") == "0" + text[:9]
+    fence(w, third)
+    fence(w, second)
+    w.settle()
+    assert (w.at("a/0"), w.at("b/0"), w.leaks(), w.wrong_bytes()) == ("", "0" + text, "", "")
