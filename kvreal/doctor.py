@@ -17,6 +17,7 @@ from typing import Callable, Dict, Final, List, Tuple
 
 import msgspec
 
+from kvcore.protocol.links import best_direction
 from kvcore.protocol.machine import CopyDone, Received, Send, StartCopy
 from kvcore.protocol.messages import Fetch, Push, Rid
 from kvcore.scenario.history import Line, read
@@ -28,6 +29,7 @@ PROCESS_TIMEOUT_S: Final = 60.0
 #: What real nodes cannot do without: module, distribution.
 NEEDS: Final[Dict[str, str]] = {"zmq": "pyzmq", "numpy": "numpy"}
 SERVICE: Final = ("fastapi", "uvicorn", "httpx")
+MEASURED_BYTES: Final = 32 << 20
 SMALL_SHM_BYTES: Final = 1 << 30
 SMALL_MEMLOCK_BYTES: Final = 1 << 30
 
@@ -54,13 +56,17 @@ class Missing(msgspec.Struct, frozen=True):
 
 
 class Report(msgspec.Struct, frozen=True):
-    """``kinds``: of locations -> works, or why not. ``auto``: what it takes, the first that both ends have."""
+    """``kinds``: of locations -> works, or why not. ``auto``: what it takes, the first that both ends have.
+    ``directions``: ``cpu to disk`` -> who moves the bytes of 32 MiB between two processes here, and why, as the profile
+    says that ``measured`` names; of other pairs the destination does."""
 
     machine: Machine
     transports: Tuple[Tried, ...]
     kinds: Dict[str, str]
     missing: Tuple[Missing, ...]
     auto: Tuple[str, ...] = ()
+    measured: str = ""
+    directions: Dict[str, str] = {}
 
     @property
     def works(self) -> bool:
@@ -73,7 +79,29 @@ def examine(saying: Said = lambda text: None) -> Report:
     saying("asking the machine")
     here = machine()
     tried = _try_all(saying)
-    return Report(here, tried, _kinds(here, tried), tuple(missing(here, tried)), _auto())
+    measured, directions = _directions()
+    kinds = _kinds(here, tried)
+    return Report(here, tried, kinds, tuple(missing(here, tried)), _auto(), measured, directions)
+
+
+def _directions() -> Tuple[str, Dict[str, str]]:
+    """(the profile's name, or why none is used; pair -> which way and why)."""
+    try:
+        from kvreal.transfer.choice import VARIABLE, profile_from
+
+        profile = profile_from()
+        if profile is None:
+            return f"no profile of this machine: {VARIABLE} names what kvmove calibrate has written", {}
+        known = profile.measured(_auto())
+    except Exception as error:
+        return line_of(error), {}
+    found: Dict[str, str] = {}
+    for source in LOCATIONS:
+        for target in LOCATIONS:
+            _, why = best_direction([(known, known)], source, target, MEASURED_BYTES, 1)
+            if why:
+                found[f"{source} to {target}"] = why
+    return profile.name, found
 
 
 def _auto() -> Tuple[str, ...]:

@@ -107,7 +107,8 @@ class Local:
         transfer.begin(CLUSTER, self.address)
         controller = endpoint_of(f"{file.controller[0]}:{file.controller[1]}")
         profile = transfer.profile
-        measured = profile.measured(tuple(transfer.carriers)) if profile is not None else None
+        names = tuple(transfer.carriers) if file.transport == "auto" else (file.transport,)
+        measured = profile.measured(names) if profile is not None else None
         spec = file.spec(rank, self.address, controller, measured)
         thread = engine(memory) if callable(engine) else EngineThread(memory, engine)
         parts = WorkerParts(memory, transfer, thread)

@@ -55,7 +55,8 @@ def controller(
         typer.Option("--set", help="A constant of the protocol: --set lease='2 s'. Repeatable.", metavar="NAME=VALUE"),
     ] = None,
     direction: Annotated[
-        str, typer.Option(
+        str,
+        typer.Option(
             "--direction",
             help="Who moves bytes: read (the destination), push (the source), or auto: whoever is quicker by the"
             " instances' profiles; read where they have none. An instance's own word goes first.",

@@ -65,6 +65,11 @@ def _show(screen: Console, report: Report) -> None:
             table.add_row(*first, escape(text), escape(detail))
     if report.auto:
         table.add_row("transport auto", "takes", ", else ".join(report.auto), "for each copy, what both ends have")
+    for pair, why in report.directions.items():
+        way, _, rates = why.partition(": ")
+        table.add_row("direction", pair, way, escape(rates))
+    if not report.directions:
+        table.add_row("direction", "", "read", escape(report.measured))
     for kind, found in report.kinds.items():
         works = found == "works"
         table.add_row(f"{kind} memory", _verdict(works), "" if works else escape(found))

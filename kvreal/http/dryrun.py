@@ -51,19 +51,23 @@ def dry_run(
     sizes = [rank.register.namespace.bytes_per_token for rank in sources]
     held = sum(tokens for _, tokens in chunks)
     fits = len(absent) <= (free if if_room else min(slots))
-    cost = profile.cost(AUTO, kind_of(src[1]), kind_of(dst[1]), src[0] == dst[0])
+    inside = src[0] == dst[0]
+    tokens = sum(absent)
+    push = not inside and machine.moves.direction(sources, destinations, src[1], dst[1], tokens, len(absent))[0]
+    cost = profile.cost(AUTO, kind_of(src[1]), kind_of(dst[1]), inside, push)
     move_s = _seconds(profile, cost, len(absent), [crossing * size for size in sizes])
     recompute_s = held / prefill_tokens_per_s
     reply = DryRunReply(
         num_tokens=held if fits or not if_room else 0,
         held_tokens=held,
-        present_tokens=held - sum(absent),
+        present_tokens=held - tokens,
         bytes=crossing * sum(sizes),
         evicted_chunks=0 if if_room else max(0, min(len(absent), min(slots)) - max(0, free)),
         fits=fits,
         move_s=move_s,
         recompute_s=recompute_s,
         recompute_is_quicker=recompute_s < move_s,
+        direction="push" if push else "read",
         profile=profile.name,
         prefill_tokens_per_s=prefill_tokens_per_s,
     )

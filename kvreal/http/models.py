@@ -154,6 +154,7 @@ class DryRunReply(Reply, frozen=True, kw_only=True):
     move_s: float
     recompute_s: float
     recompute_is_quicker: bool
+    direction: Annotated[str, Meta(description="Who would move the bytes: read (the destination), push (the source).")]
     profile: str
     prefill_tokens_per_s: float
 

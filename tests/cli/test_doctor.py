@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -75,6 +76,27 @@ def test_in_a_pipe_it_is_plain_text(capsys: pytest.CaptureFixture[str]) -> None:
         assert f"{heading}\n" in out
     assert all(f"transport {name}" in out for name in transfer.available())
     assert "Traceback" not in out
+
+
+def test_by_a_profile_it_says_who_moves_the_bytes_and_why(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    name = doctor._auto()[0]
+    rows = [f"- {{transport: {name}, push: {push}, rates: [[1048576, {rate}]]}}" for push, rate in
+            (("false", 1e9), ("true", 3e9))]  # fmt: skip
+    (tmp_path / "p.yaml").write_text("\n".join(["name: mine", "copies:", *rows, ""]))
+    monkeypatch.setattr(doctor, "try_transport", lambda name: doctor.Tried(name, True))
+    monkeypatch.delenv("KVMOVE_PROFILE", raising=False)
+    assert call(["doctor", "--json"]) == 0
+    found = json.loads(capsys.readouterr()[0])
+    assert (found["directions"], "KVMOVE_PROFILE" in found["measured"]) == ({}, True)
+    monkeypatch.setenv("KVMOVE_PROFILE", str(tmp_path / "p.yaml"))
+    assert call(["doctor", "--json"]) == 0
+    found = json.loads(capsys.readouterr()[0])
+    assert found["directions"] == {"cpu to cpu": "push: 3 GB/s, read 1 by profile mine"}
+    monkeypatch.setenv("KVMOVE_PROFILE", str(tmp_path / "none.yaml"))
+    assert call(["doctor"]) == 0
+    assert "none.yaml" in capsys.readouterr()[0]
 
 
 def test_a_sibling_s_memory_is_really_read() -> None:

@@ -8,7 +8,7 @@ from typing import Dict, List, Tuple
 import pytest
 
 from kvcore.protocol.machine import Note, Send
-from kvcore.protocol.messages import Fetch, Push
+from kvcore.protocol.messages import Fetch, Push, Rid
 from kvcore.scenario.build import Built, build
 from kvcore.scenario.history import read
 from kvcore.scenario.loader import loads
@@ -30,7 +30,6 @@ copies:
 SCENARIO = """
 name: both-ways
 kv: {bytes_per_token: 1 KiB, chunk: 16 tokens}
-constants: {scale: 0.1}
 network: {profile: PROFILE}
 instances:
   a: {ranks: 2, locations: {LocalCPUBackend: 1 MiB, LocalDiskBackend: 1 MiB}}
@@ -72,17 +71,17 @@ def ways(path: Path) -> Dict[str, Tuple[bool, str]]:
     """Move -> (pushed?, why), as a history has it; ranks of one move do alike."""
     found: Dict[int, Tuple[bool, str]] = {}
     why: Dict[int, str] = {}
-    pushes = 0
+    pushes: Dict[Rid, None] = {}
     for line in read(path)[1]:
         for effect in line.out:
             if isinstance(effect, Note) and effect.kind == "direction":
                 why[effect.event] = effect.detail
             if isinstance(effect, Send) and isinstance(effect.msg, Push):
-                pushes += 1
+                pushes[effect.msg.rid] = None
             if isinstance(effect, Send) and isinstance(effect.msg, Fetch):
                 m = effect.msg
                 assert found.setdefault(m.event, (m.push, why.get(m.event, "")))[0] == m.push
-    assert pushes == 2 * sum(way for way, _ in found.values())
+    assert len(pushes) == 2 * sum(way for way, _ in found.values())
     return dict(zip(WHY, (found[event] for event in sorted(found))))
 
 

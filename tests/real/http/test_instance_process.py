@@ -216,6 +216,52 @@ def test_up_of_a_scenario_whose_sources_push(tmp_path: Path) -> None:
         assert one.stop(signal.SIGINT) == 0
 
 
+PUSHES = """\
+name: pushes
+copies:
+  - {transport: tcp, from: cpu, to: cpu, rates: [[1048576, 2.3e+9]]}
+  - {transport: tcp, from: cpu, to: cpu, push: true, rates: [[1048576, 5.1e+9]]}
+  - {transport: tcp, from: cpu, to: disk, rates: [[1048576, 2.0e+9]]}
+  - {transport: tcp, from: cpu, to: disk, push: true, rates: [[1048576, 1.5e+9]]}
+"""
+
+
+def test_up_by_a_profile_goes_the_quicker_way_and_the_event_says_why(tmp_path: Path) -> None:
+    (tmp_path / "pushes.yaml").write_text(PUSHES)
+    with commands(tmp_path) as start:
+        one, port, _ = up(tmp_path, start, f"{TOPOLOGY}network: {{profile: pushes.yaml}}\n")
+        serving = next(line for line in one.text().splitlines() if line.startswith("a: http://"))
+        prompt, other = list(range(100)), list(range(500, 600))
+        for one_prompt in (other, prompt):  # what of the later one is seen, is of the earlier one too
+            complete(int(serving.split("localhost:")[1].split(",")[0]), one_prompt)
+        for location, why in (
+            ("LocalCPUBackend", "push: 5.1 GB/s, read 2.3 by profile pushes"),
+            ("LocalDiskBackend", "read: 2 GB/s, push 1.5 by profile pushes"),
+        ):
+            moved = _copied(port, ["b", location], prompt)
+            event = httpx.get(f"http://localhost:{port}/events/{moved['event_id']}/wait", timeout=60).json()
+            said = {rank["chosen"].partition("; ")[2] for rank in event["ranks"]}
+            assert (event["state"], said) == ("done", {why})
+            asked = {"old_position": ["a", "LocalCPUBackend"], "new_position": ["b", location], "tokens": other}
+            dry = httpx.post(f"http://localhost:{port}/move", json={**asked, "copy": True, "dry_run": True}).json()
+            assert (dry["num_tokens"], dry["direction"]) == (100, why.partition(":")[0])
+        assert one.stop(signal.SIGINT) == 0
+
+
+def _copied(port: int, place: list[str], prompt: list[int]) -> dict[str, object]:
+    """Asked for until there is something to copy."""
+    places = {"old_position": ["a", "LocalCPUBackend"], "new_position": place}
+    moved: dict[str, object] = {}
+
+    def asked() -> object:
+        answer = httpx.post(f"http://localhost:{port}/move", json={**places, "tokens": prompt, "copy": True})
+        moved.update(answer.json())
+        return moved["num_tokens"]
+
+    until(lambda: bool(asked()), lambda: str(moved))
+    return moved
+
+
 def _post(port: int, places: dict[str, list[str]], tokens: list[int]) -> dict[str, object]:
     answer: dict[str, object] = httpx.post(f"http://localhost:{port}/move", json={**places, "tokens": tokens}).json()
     return answer
