@@ -35,6 +35,7 @@ class Seat:
         self.address: Optional[c.Address] = None
         self.paused: bool = False
         self.dying: bool = False
+        self.failed: bool = False  # it has said so: its process lives on, and answers nothing more
         self.restarts: int = 0  # restarts that are still to come
         self.state: Optional[c.State] = None
         self.checked: List[c.Checked] = []

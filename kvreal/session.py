@@ -108,6 +108,7 @@ class Session:
         seat.host = host
         seat.address = None
         seat.dying = False
+        seat.failed = False
         history = self.folder / f"{seat.name.replace('/', '-')}.{seat.life}.jsonl"
         self.histories.append((host.pool, history))
         journal = str(self.journal) if isinstance(seat.spec, ControllerSpec) else ""
@@ -253,6 +254,7 @@ class Session:
         elif isinstance(message, c.Idle):
             seat.idle = message.clean
         elif isinstance(message, c.Failed):
+            seat.failed = True
             raise Broken(message.kind, seat.name, message.text)
 
     def _until(self, done: Callable[[], bool], timeout_s: float, what: str) -> None:
@@ -319,13 +321,15 @@ class Session:
 
     def verify(self, wipe: bool) -> None:
         """Overwrite what is free, then let each process compare what it has; the answers are in ``seat.checked``."""
-        up = [seat for seat in self.seats.values() if seat.up and not seat.paused]
+        up = [seat for seat in self.seats.values() if seat.up and not seat.paused and not seat.failed]
         for what in (True, False) if wipe else (False,):
             counts = {seat.name: len(seat.checked) for seat in up}
             for seat in up:
                 seat.say(c.Verify(what))
             self._until(
-                lambda counts=counts: all(len(s.checked) > counts[s.name] or not s.up for s in up),  # type: ignore[misc]
+                lambda counts=counts: all(  # type: ignore[misc]
+                    len(s.checked) > counts[s.name] or not s.up or s.failed for s in up
+                ),
                 START_TIMEOUT_S,
                 "check their memory",
             )

@@ -125,6 +125,30 @@ def test_a_process_that_dies_by_itself_is_a_violation(pool: Pool, monkeypatch: p
     assert "-11" in result.violations[0].text
 
 
+def test_a_node_that_cannot_go_on_is_not_waited_for(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when its journal's disk is full: its process lives on and says nothing more, the others are still looked at."""
+    from kvcore.protocol.machine import Command
+    from kvreal import control
+    from kvreal.session import Session
+
+    play, verify = Session.play, Session.verify
+    checked: list[list[str]] = []
+
+    def upset(self: Session) -> None:
+        self.seats["b/0"].say(control.Give(Command("nothing that a worker knows")))
+        play(self)
+
+    def watch(self: Session, wipe: bool) -> None:
+        verify(self, wipe)  # HostError if somebody was waited for in vain
+        checked.append([seat.name for seat in self.seats.values() if seat.checked])
+
+    monkeypatch.setattr(Session, "play", upset)
+    monkeypatch.setattr(Session, "verify", watch)
+    result = run(scenario(), pool=pool)
+    assert [v.node for v in result.violations] == ["b/0"]
+    assert checked == [["ctl", "a/0", "client"]]
+
+
 def test_a_full_disk_for_the_history_is_one_line(pool: Pool) -> None:
     with pytest.raises(HistoryError, match="/dev/full: cannot write the history: No space left"):
         run(scenario(), pool=pool, history=Path("/dev/full"))
