@@ -85,6 +85,8 @@ class Own(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults
     """A name, or a folder in memory: instances of this host that name the same hand slots over instead of copying."""
     arena_size: Optional[Size] = None
     """Of the whole arena; the CPU locations of all its instances must fit."""
+    disk_io: Literal["calls", "posix"] = "calls"
+    """What carries bytes into disk files and out of them: the kernel's calls, or NIXL's POSIX backend."""
     direction: Literal["auto", "read", "push"] = "auto"
     """Of what is moved to this instance; auto: as the controller has it, else as was measured."""
     checksums: Literal["off", "sample", "all"] = "sample"
@@ -148,6 +150,7 @@ class InstanceFile(msgspec.Struct, frozen=True):
     keys: str
     ignored: Tuple[str, ...]
     profile: str = ""
+    disk_io: str = "calls"
 
     @property
     def ranks(self) -> int:
@@ -278,6 +281,7 @@ def _meaning(
         max_model_len=own.max_model_len,
         keys=_beside(path, own.keys),
         profile=_beside(path, own.profile),
+        disk_io=own.disk_io,
         ignored=ignored,
     )
 

@@ -35,6 +35,7 @@ from kvreal.loop import runner, settle
 from kvreal.memory import Memory
 from kvreal.service import Service, ServiceStopped, WorkerParts
 from kvreal.transfer import Transfer, TransferError, make, proof
+from kvreal.transfer.posix import named
 from kvreal.transfer.window import AddressTaken
 from kvreal.ucx import respect
 
@@ -96,6 +97,7 @@ class Local:
         self.address: str = network.address
         memory = self.memory = Memory(shared, file.arena, file.arena_bytes)
         memory.disk_path = file.disk_path
+        memory.disk_by = None if shared else named(file.disk_io)  # a disk that is mapped too is no file to write into
         if shared:
             tempfile.tempdir = file.disk_path or tempfile.tempdir
         slot_bytes = file.namespace.chunk_tokens * file.namespace.bytes_per_token

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import os
 from functools import lru_cache, partial
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Dict, Final, List, Tuple, cast
@@ -19,7 +18,6 @@ from kvreal.transfer.carrier import Carrier
 from kvreal.transfer.choice import profile_from
 from kvreal.transfer.flow import Flow
 from kvreal.transfer.frames import TransferError
-from kvreal.transfer.posix import Unable, chosen
 
 __all__ = ["GROUP", "NAMES", "Transfer", "TransferError", "available", "make", "names", "resolve"]
 
@@ -125,12 +123,6 @@ def make(name: str, memory: Memory, at: Tuple[str, int] = ("127.0.0.1", 0), prof
     of the one that says which is the fastest, and in which direction; none: what KVMOVE_PROFILE names.
 
     NIXL's agent takes about half a second to create."""
-    try:
-        memory.disk_by = chosen(os.environ)
-    except Unable as error:
-        raise TransferError(str(error)) from error
-    for store in memory.stores.values():
-        store.by = memory.disk_by or store.by
     wanted = [*(["arena"] if name == "auto" and memory.arena else []), *resolve(name)]
     measured = profile_from(profile)
     makes = {one: _make_of(one) for one in wanted}

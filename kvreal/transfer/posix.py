@@ -18,16 +18,16 @@ import threading
 import time
 import uuid
 from functools import lru_cache
-from typing import Any, Final, List, Mapping, Optional, Tuple
+from typing import Any, Final, List, Optional, Tuple
 
 from kvreal.memory import Memory
 from kvreal.slab import Bytes
 from kvreal.store import Calls, Carries
+from kvreal.transfer.frames import TransferError
 from kvreal.transfer.nixl import load_nixl
 
 log = logging.getLogger("kvmove.disk")
 
-VARIABLE: Final = "KVMOVE_DISK_IO"
 PIECE_BYTES: Final = 1 << 20
 """One descriptor: what the backend has under way at once is some of them."""
 SLEEP_S: Final = 50e-6
@@ -159,9 +159,10 @@ def gds() -> Optional[Backend]:
         return None
 
 
-def chosen(environ: Mapping[str, str]) -> Optional[Carries]:
-    """What KVMOVE_DISK_IO names: ``calls`` (without it) or ``posix``. Unable: something else, or it is not there."""
-    word = environ.get(VARIABLE, "calls")
-    if word not in ("calls", "posix"):
-        raise Unable(f"{VARIABLE}={word}: expected calls or posix")
-    return Posix() if word == "posix" else None
+def named(word: str) -> Optional[Carries]:
+    """What an instance's ``disk_io`` means, ``calls`` or ``posix``; none is the kernel's calls. TransferError if it
+    cannot be had here."""
+    try:
+        return Posix() if word == "posix" else None
+    except Unable as error:
+        raise TransferError(f"disk_io {word}: {error}") from error

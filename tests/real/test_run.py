@@ -126,7 +126,8 @@ def test_a_process_that_dies_by_itself_is_a_violation(pool: Pool, monkeypatch: p
 
 
 def test_a_node_that_cannot_go_on_is_not_waited_for(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As when its journal's disk is full: its process lives on and says nothing more, the others are still looked at."""
+    """As when its journal's disk is full: its process lives on and says nothing more; the others are still looked at.
+    """
     from kvcore.protocol.machine import Command
     from kvreal import control
     from kvreal.session import Session

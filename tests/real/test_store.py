@@ -26,8 +26,9 @@ from kvreal.store import PAGE, WHOLE, Calls, DiskError, Home, Store, files_in
 from kvreal.transfer import Transfer, file, make
 from kvreal.transfer import posix as module_posix
 from kvreal.transfer.flow import Flow
+from kvreal.transfer.frames import TransferError
 from kvreal.transfer.job import Copy, Ended, Fate, Job
-from kvreal.transfer.posix import Posix, Unable, chosen
+from kvreal.transfer.posix import Posix, Unable, named
 from kvreal.transfer.sockets import batches
 
 CPU, DISK, GPU = "LocalCPUBackend", "LocalDiskBackend", "LocalGPUBackend"
@@ -188,8 +189,8 @@ LIMITED = """
 import resource, sys
 import numpy as np
 from kvreal.store import DiskError, Home, Store, files_in
-from kvreal.transfer.posix import chosen
-by = chosen({"KVMOVE_DISK_IO": sys.argv[2]})
+from kvreal.transfer.posix import named
+by = named(sys.argv[2])
 home = Home(sys.argv[1])
 store = Store("d", 4, 1 << 20, home, by)
 big, small = np.ones(1 << 20, dtype=np.uint8), np.ones(1000, dtype=np.uint8)
@@ -220,9 +221,14 @@ def test_a_file_that_may_not_grow_is_refused_whichever_way_bytes_go(tmp_path: Pa
     assert told == ["d: slot 0 cannot be written: File too large", f"['{1:08d}{WHOLE}'] 1000"]
 
 
-def test_a_way_to_write_that_is_not_known_is_refused_in_one_line() -> None:
-    with pytest.raises(Unable, match="KVMOVE_DISK_IO=magic: expected calls or posix"):
-        chosen({"KVMOVE_DISK_IO": "magic"})
+def test_a_way_to_write_that_is_not_there_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def lacking() -> None:
+        raise ImportError("No module named 'nixl'")
+
+    monkeypatch.setattr("kvreal.transfer.posix.load_nixl", lacking)
+    with pytest.raises(TransferError, match="^disk_io posix: nixl is not installed: No module named 'nixl'$"):
+        named("posix")
+    assert named("calls") is None
 
 
 def test_a_path_that_cannot_be_written_is_refused_in_one_line(tmp_path: Path) -> None:

@@ -131,6 +131,13 @@ def test_a_disk_beside_the_memory(tmp_path: Path) -> None:
     assert file.disk_path == str(disk) and disk.is_dir() and file.store_at == "LocalCPUBackend"
 
 
+def test_what_carries_bytes_to_a_disk_may_be_chosen(tmp_path: Path) -> None:
+    assert read(write(tmp_path, LEAST)).disk_io == "calls"
+    assert read(write(tmp_path, f"{LEAST}kvmove: {{disk_io: posix}}\n")).disk_io == "posix"
+    with pytest.raises(ScenarioError, match=r"i.yaml:4:.*disk_io.*magic"):
+        read(write(tmp_path, f"{LEAST}kvmove: {{disk_io: magic}}\n"))
+
+
 def test_the_file_comes_from_the_option_else_the_environment() -> None:
     both = {"KVMOVE_CONFIG_FILE": "ours", "LMCACHE_CONFIG_FILE": "theirs"}
     assert path_from("given", both) == "given"
