@@ -21,10 +21,12 @@ import os
 import shutil
 import threading
 from pathlib import Path
-from typing import Callable, Final, Iterator, List, Optional, Sequence
+from typing import Callable, Final, Iterator, List, Optional
 
 import numpy as np
 import numpy.typing as npt
+
+from kvreal.spans import Ints, Slots, ints
 
 MAGIC: Final = 0x6B766D6F76652D31
 PAGE: Final = 4096
@@ -272,7 +274,7 @@ class Member:
             self.row[:] = -1
             arena.reserved[self.number] = self.size = slots
 
-    def own(self, indices: Sequence[int], keep: bool = False) -> None:
+    def own(self, indices: Slots, keep: bool = False) -> None:
         """Make these slots ones that nobody else refers to. ``keep``: with what they hold; otherwise whoever asks is
         about to write all of them."""
         arena = self.arena
@@ -294,15 +296,15 @@ class Member:
             arena.refs[fresh] += 1
             self.row[changed] = fresh
 
-    def take(self, other: int, theirs: Sequence[int], mine: Sequence[int]) -> None:
+    def take(self, other: int, theirs: Slots, mine: Slots) -> None:
         """My slots ``mine`` become what the member ``other`` calls ``theirs``."""
         self._share(other, theirs, self.number, mine)
 
-    def give(self, other: int, theirs: Sequence[int], mine: Sequence[int]) -> None:
+    def give(self, other: int, theirs: Slots, mine: Slots) -> None:
         """What the member ``other`` calls ``theirs`` becomes my ``mine``."""
         self._share(self.number, mine, other, theirs)
 
-    def _share(self, source: int, given: Sequence[int], target: int, taken: Sequence[int]) -> None:
+    def _share(self, source: int, given: Slots, target: int, taken: Slots) -> None:
         arena = self.arena
         to = np.asarray(taken, dtype=np.int64)
         with arena._changing():
@@ -322,7 +324,7 @@ class Member:
                 return None
         return Member(self.arena, other, -1)
 
-    def drop(self, indices: Sequence[int]) -> None:
+    def drop(self, indices: Slots) -> None:
         """Let go of these slots; what nobody refers to any more is overwritten."""
         arena = self.arena
         gone = np.asarray(indices, dtype=np.int64)
@@ -345,11 +347,11 @@ class Member:
             self.own([index])
         return int(self.row[index]) * self.arena.slot_bytes
 
-    def offsets(self, indices: Sequence[int]) -> npt.NDArray[np.uint64]:
-        wanted = np.asarray(indices, dtype=np.int64)
+    def offsets(self, indices: Slots) -> Ints:
+        wanted = ints(indices)
         if (self.row[wanted] < 0).any():
-            self.own([int(index) for index in wanted if self.row[index] < 0])
-        return self.row[wanted].astype(np.uint64) * np.uint64(self.arena.slot_bytes)
+            self.own(wanted[self.row[wanted] < 0])
+        return self.row[wanted].astype(np.int64) * self.arena.slot_bytes
 
     def leave(self) -> None:
         self.arena.leave(self)

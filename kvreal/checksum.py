@@ -7,7 +7,7 @@ A sum is the 64-bit xxh3 of a chunk's bytes, seeded with its key: a whole chunk 
 a changed byte. xxh3, not crc32c: it is faster, and its Python reads a slot where it lies, where google-crc32c takes
 nothing but bytes, and so a copy (tests/bench/test_checksum_speed.py measures both).
 
-    off      nothing is read; all sums are 0
+    off      nothing is read, there are no sums
     sample   first and last 4 KiB, and 4 KiB of every 256 KiB, at a place that the key says: a 64th of the bytes. Finds
              what is lost, late, mixed up or cut, as transports do it; one flipped bit it finds once in 64 times
     all      every byte
@@ -26,6 +26,7 @@ import xxhash
 
 from kvreal.memory import Memory
 from kvreal.slab import Bytes, Slab
+from kvreal.spans import Slots, ints
 
 Mode = Literal["off", "sample", "all"]
 MODES: Final[Tuple[str, ...]] = get_args(Mode)
@@ -56,17 +57,18 @@ def mode_of(word: str) -> Mode:
 
 
 def sums(
-    memory: Memory, location: str, slots: Sequence[int], sizes: Sequence[int], keys: Sequence[bytes], mode: Mode
+    memory: Memory, location: str, slots: Slots, sizes: Slots, keys: Sequence[bytes], mode: Mode
 ) -> List[int]:
     """For each slot the sum of its first ``sizes[i]`` bytes, which are the chunk ``keys[i]``. SlabError: no such slot.
 
     GPU memory is copied to the host for it, in ``sample`` only its pieces.
     """
     if mode == "off":
-        return [0] * len(slots)
+        return []
     seeds = [int.from_bytes(key[:8], "little") for key in keys]
-    for slot, size in zip(slots, sizes):
-        memory.check(location, slot, size)
+    where = ints(slots)
+    memory.check_all(location, where, ints(sizes))
+    slots, sizes = where.tolist(), ints(sizes).tolist()
     if memory.on_disk(location):
         found = []
         for slot, size, key, seed in zip(slots, sizes, keys, seeds):  # each is read whole, one at a time
@@ -74,7 +76,7 @@ def sums(
             found += _sampled(read, [(0, size, seed)]) if mode == "sample" else _whole(read, [(0, size, seed)])
         return found
     slab, _ = memory.homes[location]
-    starts = [memory.start(location, slot) for slot in slots]
+    starts = memory.starts(location, where).tolist()
 
     def part(first: int, last: int) -> List[int]:
         chunks = zip(starts[first:last], sizes[first:last], seeds[first:last])
@@ -93,8 +95,8 @@ def sums(
 def compare(
     memory: Memory,
     location: str,
-    slots: Sequence[int],
-    sizes: Sequence[int],
+    slots: Slots,
+    sizes: Slots,
     keys: Sequence[bytes],
     mode: Mode,
     there: Sequence[int],

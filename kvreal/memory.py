@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import contextlib
 import os
-from typing import Any, Dict, List, Optional, Sequence, Set, Tuple
+from typing import Dict, List, Optional, Sequence, Tuple
 
 import numpy as np
+import numpy.typing as npt
 
 from kvcore.scenario.topology import kind_of as kind_of
 from kvreal.arena import ArenaError, Member, join
-from kvreal.slab import HUGE, PAGE, POISON, POISON_STRIDE, Bytes, Place, Slab, SlabError, Words, physical_bytes
+from kvreal.slab import HUGE, PAGE, POISON, POISON_STRIDE, Bytes, Place, Slab, SlabError, physical_bytes
+from kvreal.spans import Ints, Slots, firsts, ints
 from kvreal.store import Carries, DiskError, Home, Store
 
 
@@ -44,8 +46,8 @@ class Memory:
         self.homes: Dict[str, Tuple[Slab, int]] = {}
         self.generation: int = 0
         self.layout: int = 0
-        self.dirty: Set[Tuple[str, int]] = set()
-        """Slots that hold, or held, something: what must be wiped before other hands use them."""
+        self.dirty: Dict[str, npt.NDArray[np.bool_]] = {}
+        """Which slots hold, or held, something: what must be wiped before other hands use them."""
 
     def lay_out(self, locations: Sequence[Tuple[str, int]], slot_bytes: int, touch_slots: int = 0) -> bool:
         """Give each (name, slots) its place. True if a slab was made or dropped, so that it must be registered anew.
@@ -92,6 +94,7 @@ class Memory:
             self.places[name] = Place(name, slab.nixl_kind, slab.address + start, slots, slot_bytes)
         if any(slab.kind == "gpu" for slab in self.others):
             self.cpu.pin()  # the CUDA runtime is there since the GPU's slab was made
+        self.dirty = {name: np.zeros(slots, dtype=np.bool_) for name, slots in locations}
         self.generation += changed
         self.layout += 1
         return changed
@@ -137,7 +140,7 @@ class Memory:
             self.home.close()
             self.home = None
 
-    def share(self, source: str, out: Sequence[int], target: str, into: Sequence[int]) -> bool:
+    def share(self, source: str, out: Slots, target: str, into: Slots) -> bool:
         """Make slots of ``target`` what those of ``source`` are, if both lie in the arena."""
         if self.member is None or source not in self.rows or target not in self.rows:
             return False
@@ -150,9 +153,9 @@ class Memory:
         if location in self.rows and self.member is not None:
             self.member.own(self.row(location, [slot]), keep=True)
 
-    def note(self, location: str, slots: Sequence[int]) -> None:
+    def note(self, location: str, slots: Slots) -> None:
         """These slots come to hold something."""
-        self.dirty.update((location, slot) for slot in slots)
+        self.dirty[location][ints(slots)] = True
 
     def leave_arena(self) -> None:
         """Let go of all that this process has there."""
@@ -160,10 +163,9 @@ class Memory:
             self.member.leave()
             self.member = None
 
-    def row(self, location: str, slots: Sequence[int]) -> List[int]:
+    def row(self, location: str, slots: Slots) -> Ints:
         """What slots are called in the arena."""
-        first = self.rows[location]
-        return [first + slot for slot in slots]
+        return ints(slots) + self.rows[location]
 
     def start(self, location: str, slot: int) -> int:
         """Where a slot begins in its slab's bytes."""
@@ -192,29 +194,55 @@ class Memory:
             raise SlabError(f"{location}: no slot {slot} of {nbytes} bytes among {place.slots} of {place.slot_bytes}")
         return place
 
-    def check_all(self, location: str, spans: Sequence[Tuple[int, int]]) -> None:
-        """``check`` of many (slot, bytes)."""
-        if spans:
-            largest = max(size for _, size in spans)
-            for slot in (min(slot for slot, _ in spans), max(slot for slot, _ in spans)):
+    def check_all(self, location: str, slots: Ints, sizes: Ints) -> None:
+        """``check`` of many; SlabError for negative sizes too."""
+        if len(sizes):
+            largest = int(sizes.max())
+            for slot in (int(slots.min()), int(slots.max())):
                 self.check(location, slot, largest)
+            if int(sizes.min()) < 0:
+                raise SlabError(f"{location}: no slots of {int(sizes.min())} bytes")
 
-    def addresses(self, location: str, slots: Sequence[int]) -> Words:
+    def addresses(self, location: str, slots: Slots) -> Ints:
         """Where these slots begin, in this process's address space or its GPU's."""
         place = self.places[location]
         if not place.ordered and self.member is not None:
-            return np.uint64(place.address) + self.member.offsets(self.row(location, slots))
-        return np.uint64(place.address) + np.array(slots, dtype=np.uint64) * np.uint64(place.slot_bytes)
+            return place.address + self.member.offsets(self.row(location, slots))
+        return place.address + ints(slots) * place.slot_bytes
+
+    def ranges(self, location: str, slots: Slots, sizes: Slots) -> List[Bytes]:
+        """Views of the first so many bytes of each slot, in order; those that lie one after another are one. SlabError
+        for what ``check`` and ``view`` refuse."""
+        slots, sizes = ints(slots), ints(sizes)
+        self.check_all(location, slots, sizes)
+        if not len(sizes):
+            return []
+        data, _ = self._in_place(location)
+        starts = self.starts(location, slots)
+        begin = firsts(starts, sizes)
+        ends = starts[begin] + np.add.reduceat(sizes, begin)
+        return [data[start:end] for start, end in zip(starts[begin].tolist(), ends.tolist())]
+
+    def starts(self, location: str, slots: Ints) -> Ints:
+        """Where slots begin in their slab's bytes."""
+        if location in self.rows and self.member is not None:
+            return self.member.offsets(self.row(location, slots))
+        return self.homes[location][1] + slots * self.places[location].slot_bytes
 
     def view(self, location: str, slot: int, nbytes: int) -> Bytes:
         """The first ``nbytes`` bytes of a slot, not a copy. GPU memory and disks have none: see ``put`` and ``get``."""
         self.check(location, slot, nbytes)
+        data, _ = self._in_place(location)
+        first = self.start(location, slot)
+        return data[first : first + nbytes]
+
+    def _in_place(self, location: str) -> Tuple[Bytes, int]:
+        """The bytes of the slab in which it lies, and where in them it begins."""
         if not self.mapped(location):
             what = "on a disk" if self.on_disk(location) else "GPU memory"
             raise SlabError(f"{location} is {what}: its bytes cannot be looked at in place")
-        slab, _ = self.homes[location]
-        first = self.start(location, slot)
-        return slab.bytes[first : first + nbytes]
+        slab, first = self.homes[location]
+        return slab.bytes, first
 
     def mapped(self, location: str) -> bool:
         """Whether its bytes lie in this process's address space, so that ``view`` can show them."""
@@ -274,64 +302,63 @@ class Memory:
         else:
             into[:] = self.get(location, slot, len(into), key)
 
-    def soil(self, location: str, slots: Sequence[int], poison: bool = False) -> None:
+    def soil(self, location: str, slots: Slots, poison: bool = False) -> None:
         """Note that these slots are about to be written; ``poison`` spoils what they hold, every MiB, so that a
         copy which did not happen cannot be taken for one that did. In the arena they are nobody else's from now on."""
         if location in self.rows and self.member is not None:
             self.member.own(self.row(location, slots))
-        used = [slot for slot in slots if (location, slot) in self.dirty]
+        slots = ints(slots)
+        used = slots[self.dirty[location][slots]]
         self.note(location, slots)
-        if not used:
+        if not len(used):
             return
         if location in self.stores:
-            self.stores[location].drop(used)
+            self.stores[location].drop(used.tolist())
         elif poison and not self.on_gpu(location):
             self._poison(location, used)
 
-    def forget(self, location: str, slots: Sequence[int]) -> None:
+    def forget(self, location: str, slots: Slots) -> None:
         """What was written there has come to nothing: a disk keeps none of it."""
         if location in self.stores:
             with contextlib.suppress(OSError):
-                self.stores[location].drop(slots)
+                self.stores[location].drop(ints(slots).tolist())
 
-    def _poison(self, location: str, slots: Sequence[int]) -> None:
-        """All of them at once: a copy may have thousands."""
-        place = self.places[location]
-        slab, first = self.homes[location]
-        if place.ordered:
-            rows = slab.bytes[first : first + place.slots * place.slot_bytes].reshape(place.slots, place.slot_bytes)
-            index: Any = np.asarray(slots, dtype=np.int64)
-            rows[index, :64] = POISON
-            rows[index, -64:] = POISON
-            rows[index, ::POISON_STRIDE] = POISON
-            return
-        for slot in slots:
-            view = self.view(location, slot, place.slot_bytes)
-            view[:64] = POISON
-            view[-64:] = POISON
-            view[::POISON_STRIDE] = POISON
+    def _poison(self, location: str, slots: Ints) -> None:
+        """Slots that lie one after another at once: a copy may have thousands."""
+        size = self.places[location].slot_bytes
+        for run in self.ranges(location, slots, np.full(len(slots), size)):
+            rows = run.reshape(-1, size)
+            rows[:, :64] = POISON
+            rows[:, -64:] = POISON
+            rows[:, ::POISON_STRIDE] = POISON
 
     def wipe(self, keep: Sequence[Tuple[str, int]] = ()) -> int:
         """Overwrite every slot that was ever written and is not in ``keep``; returns how many bytes."""
-        kept = set(keep)
         count = 0
-        gone: Dict[str, List[int]] = {}
-        for location, slot in sorted(self.dirty - kept):
-            place = self.places[location]
-            if location in self.rows:
-                gone.setdefault(location, []).append(slot)
-            elif location in self.stores:
-                self.stores[location].drop([slot])
-            elif self.on_gpu(location):
-                self.put(location, slot, np.full(place.slot_bytes, POISON, dtype=np.uint8))
-            else:
-                self.view(location, slot, place.slot_bytes)[:] = POISON
-            count += place.slot_bytes
-        for location, slots in gone.items():
+        for location, dirty in self.dirty.items():
+            held = [slot for name, slot in keep if name == location and dirty[slot]]
+            dirty[held] = False
+            slots = np.flatnonzero(dirty)
+            if len(slots):
+                self._wipe(location, slots)
+                count += len(slots) * self.places[location].slot_bytes
+            dirty[:] = False
+            dirty[held] = True
+        return count
+
+    def _wipe(self, location: str, slots: Ints) -> None:
+        size = self.places[location].slot_bytes
+        if location in self.rows:
             if self.member is not None:
                 self.member.drop(self.row(location, slots))
-        self.dirty &= kept
-        return count
+        elif location in self.stores:
+            self.stores[location].drop(slots.tolist())
+        elif self.on_gpu(location):
+            for slot in slots.tolist():
+                self.put(location, slot, np.full(size, POISON, dtype=np.uint8))
+        else:
+            for run in self.ranges(location, slots, np.full(len(slots), size)):
+                run[:] = POISON
 
 
 def _round(nbytes: int) -> int:

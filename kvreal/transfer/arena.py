@@ -7,10 +7,11 @@ their meaning, and the change is over in one step.
 
 from __future__ import annotations
 
-from typing import Optional, Tuple
+from typing import Optional
 
 from kvreal.arena import Member, card
 from kvreal.memory import Memory
+from kvreal.spans import Ints, Slots
 from kvreal.transfer.carrier import Carrier, Link
 from kvreal.transfer.flow import Flow
 from kvreal.transfer.frames import TransferError
@@ -39,8 +40,8 @@ class ArenaCarrier(Carrier):
         effect = job.copy.effect
         member = self._member()
         peer = int((parse(job.copy.endpoint).card(self.name) or "").rpartition("/")[2])
-        mine = self.memory.row(effect.location, [slot for slot, _, _ in job.spans])
-        theirs = link.grant.at
+        mine = self.memory.row(effect.location, job.spans.mine)
+        theirs = link.at
         job.began()
         job.check()
         if effect.read:
@@ -57,18 +58,17 @@ class ArenaCarrier(Carrier):
             raise TransferError("this process has nothing in the arena")
         return self.memory.member
 
-    def _spoil(self, member: Member, peer: int, theirs: Tuple[int, ...], job: Job) -> None:
+    def _spoil(self, member: Member, peer: int, theirs: Ints, job: Job) -> None:
         """Turn a byte over in what the peer has got, and in that only."""
         other: Optional[Member] = member.of(peer)
         middle = len(theirs) // 2
         if other is not None:
-            other.own([theirs[middle]], keep=True)
-            member.arena.bytes[other.offset(theirs[middle]) + job.spans[middle][2] // 2] ^= 0xFF
+            other.own(theirs[middle : middle + 1], keep=True)
+            member.arena.bytes[other.offset(int(theirs[middle])) + job.spans[middle][2] // 2] ^= 0xFF
 
     # ---- the side whose memory is touched
-    def prepare(self, window: Window) -> Tuple[int, ...]:
-        hello = window.hello
-        return tuple(self.memory.row(hello.location, [slot for slot, _ in hello.spans]))
+    def prepare(self, window: Window) -> Slots:
+        return self.memory.row(window.hello.location, window.slots)
 
     def revoke(self, window: Window) -> None:
         hang_up(window.sock, close=False)

@@ -28,7 +28,8 @@ from kvcore.scenario.profile import Profile
 from kvcore.scenario.topology import kind_of
 from kvreal.checksum import Mismatch, Mode, compare, mode_of, sums
 from kvreal.memory import Memory
-from kvreal.slab import Bytes, copy_bytes
+from kvreal.slab import copy_bytes
+from kvreal.spans import Ints, Slots, packed, runs
 from kvreal.store import DiskError
 from kvreal.transfer import file
 from kvreal.transfer.carrier import Carrier, Link
@@ -99,18 +100,17 @@ class Transfer:
     # ---- the side whose memory is touched
     def _prepare(self, window: Window) -> Grant:
         hello = window.hello
-        self.memory.check_all(hello.location, hello.spans)
+        self.memory.check_all(hello.location, window.slots, window.sizes)
         carrier = self._carrier(hello.by)
         if hello.kind == "write":
-            self._soil(carrier, hello.location, [slot for slot, _ in hello.spans])
+            self._soil(carrier, hello.location, window.slots)
         at = carrier.prepare(window)
         check = mode_of(hello.check or "off")
-        slots, sizes = [slot for slot, _ in hello.spans], [size for _, size in hello.spans]
         wanted = check != "off" and hello.kind == "read" and not hello.part
-        found = sums(self.memory, hello.location, slots, sizes, hello.keys, check) if wanted else ()
-        return Grant(True, "", carrier.info(hello), at, tuple(found))
+        found = sums(self.memory, hello.location, window.slots, window.sizes, hello.keys, check) if wanted else ()
+        return Grant(True, "", carrier.info(hello), packed(at), tuple(found))
 
-    def _soil(self, carrier: Optional[Carrier], location: str, slots: Sequence[int]) -> None:
+    def _soil(self, carrier: Optional[Carrier], location: str, slots: Slots) -> None:
         if carrier is None or carrier.soils:
             self.memory.soil(location, slots, poison=True)
         else:
@@ -127,9 +127,9 @@ class Transfer:
         if not self.carriers[hello.by].serve(window):
             return b""
         if hello.kind == "write" and hello.check and not hello.part:
-            slots, sizes = [slot for slot, _ in hello.spans], [size for _, size in hello.spans]
+            mode = mode_of(hello.check)
             try:
-                compare(self.memory, hello.location, slots, sizes, hello.keys, mode_of(hello.check), hello.sums)
+                compare(self.memory, hello.location, window.slots, window.sizes, hello.keys, mode, hello.sums)
             except Mismatch:
                 return WRONG  # whoever wrote it says so, and writes it again
         return OVER
@@ -293,7 +293,7 @@ class Transfer:
 
     def _across(self, job: Job) -> str:
         effect = job.copy.effect
-        if not job.spans:  # an injected fault lets none of the bytes through
+        if not len(job.spans):  # an injected fault lets none of the bytes through
             if effect.read:
                 self._soil(None, effect.location, effect.slots)
             return "none"
@@ -318,10 +318,10 @@ class Transfer:
         disk = self.memory.on_disk(effect.location) or kind_of(effect.peer_location) == "disk"
         return "off" if disk or not effect.keys else self.checksums
 
-    def _mine(self, job: Job, mode: Mode) -> Tuple[List[int], List[int], Tuple[bytes, ...]]:
+    def _mine(self, job: Job, mode: Mode) -> Tuple[Ints, Ints, Tuple[bytes, ...]]:
         """(slots, sizes, keys) of this side."""
         keys = job.copy.effect.keys[: len(job.spans)] if mode != "off" else ()
-        return [slot for slot, _, _ in job.spans], [size for _, _, size in job.spans], keys
+        return job.spans.mine, job.spans.sizes, keys
 
     def _spoil(self, job: Job) -> None:
         """Turn one byte over in the middle of what was read."""
@@ -358,24 +358,29 @@ class Transfer:
         if self.memory.on_disk(to) or self.memory.on_disk(fro):
             file.carry(job, self.memory, self.flow, to, fro)
             return "file"
+        if not self.memory.on_gpu(to) and not self.memory.on_gpu(fro):
+            self._memcpy(job, to, fro)
+            return "memcpy"
         for mine, theirs, size in job.spans:
             target, source = (mine, theirs) if effect.read else (theirs, mine)
-            if self.memory.on_gpu(to) or self.memory.on_gpu(fro):
-                self.memory.put(to, target, self.memory.get(fro, source, size))
-                job.check()
-            else:
-                self._memcpy(job, self.memory.view(to, target, size), self.memory.view(fro, source, size))
+            self.memory.put(to, target, self.memory.get(fro, source, size))
+            job.check()
             job.moved += size
         return "memcpy"
 
-    def _memcpy(self, job: Job, target: Bytes, source: Bytes) -> None:
-        for start in range(0, len(target), BATCH_BYTES):
-            size = min(BATCH_BYTES, len(target) - start)
+    def _memcpy(self, job: Job, to: str, fro: str) -> None:
+        spans = job.spans
+        into, out = (spans.mine, spans.theirs) if job.copy.effect.read else (spans.theirs, spans.mine)
+        for location, slots in ((to, into), (fro, out)):
+            self.memory.check_all(location, slots, spans.sizes)
+        targets, sources = self.memory.addresses(to, into), self.memory.addresses(fro, out)
+        for target, source, size in zip(*(one.tolist() for one in runs(targets, sources, spans.sizes, BATCH_BYTES))):
             self.flow.turn(job, size)
             try:
-                copy_bytes(int(target.ctypes.data) + start, int(source.ctypes.data) + start, size)
+                copy_bytes(target, source, size)
             finally:
                 self.flow.done()
+            job.moved += size
 
     # ---- to another process
     def _carry_over(self, job: Job) -> str:
@@ -461,7 +466,8 @@ class Transfer:
             effect.peer,
             effect.peer_epoch,
             effect.peer_location,
-            tuple((theirs, size) for _, theirs, size in job.spans),
+            packed(job.spans.theirs),
+            packed(job.spans.sizes),
             carrier.layout(endpoint),
             carrier.name,
             keys=keys,
@@ -529,7 +535,7 @@ class Transfer:
 
     def _shake_hands(self, address: str, endpoint: Endpoint, carrier: Carrier) -> None:
         layout = carrier.layout(endpoint)
-        hello = Hello(self.token, "greet", self.address, 0, address, 0, "", (), layout, carrier.name)
+        hello = Hello(self.token, "greet", self.address, 0, address, 0, layout=layout, by=carrier.name)
         link = self._ask(endpoint, carrier, lambda _: hello, None)
         try:
             carrier.introduce(endpoint, link)

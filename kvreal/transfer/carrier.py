@@ -6,9 +6,10 @@ To add one, write a class like those beside this file and name it under the entr
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, List, Optional, Tuple
+from typing import TYPE_CHECKING, List, Optional
 
 from kvreal.memory import Memory
+from kvreal.spans import Ints, Slots, unpacked
 from kvreal.transfer.job import Job
 from kvreal.transfer.line import Line
 from kvreal.transfer.window import Grant, Hello, Info, Window
@@ -25,6 +26,8 @@ class Link:
     def __init__(self, line: Line, grant: Grant) -> None:
         self.line: Line = line
         self.grant: Grant = grant
+        self.at: Ints = unpacked(grant.at)
+        """Where the peer's slots lie, as its carrier's ``prepare`` has said."""
         self.others: List[Link] = []
         """The other windows of the same copy, where ``streams`` asks for several."""
 
@@ -63,8 +66,9 @@ class Carrier:
         return 1
 
     def carry(self, job: Job, link: Link) -> str:
-        """Move ``job.spans``; returns what carried them. Raises Stopped, TransferError or OSError, and then nothing
-        that it has begun may still be under way, or the end of its process's connection must end it."""
+        """Move ``job.spans`` (kvreal/spans.py); returns what carried them. Raises Stopped, TransferError or OSError,
+        and then nothing that it has begun may still be under way, or the end of its process's connection must end it.
+        """
         raise NotImplementedError
 
     def forget(self, process: str) -> None:
@@ -74,8 +78,8 @@ class Carrier:
         """Connect to a peer before the first copy needs it, within a window for no memory at all."""
 
     # ---- the side whose memory is touched
-    def prepare(self, window: Window) -> Tuple[int, ...]:
-        """Before a window is granted; whatever this raises refuses it. Addresses of its spans, if they have no
+    def prepare(self, window: Window) -> Slots:
+        """Before a window is granted; whatever this raises refuses it. Addresses of its slots, if they have no
         order."""
         return ()
 

@@ -25,6 +25,7 @@ from typing import Any, ClassVar, Dict, Final, Iterator, List, Sequence, Tuple
 
 import pytest
 
+from kvreal.spans import packed
 from kvreal.transfer import TransferError, resolve
 from kvreal.transfer.conformance_peer import LOCATION, TOKEN, Peer
 from kvreal.transfer.line import dial, parse
@@ -358,7 +359,8 @@ class Conformance:
         where = parse(pair.ends["b"])
         writer = dial(where, unix=False)  # by hand, so that it stays open
         writer.sock.settimeout(10)
-        hello = Hello(TOKEN, "write", "a/0", 1, "b/0", 2, self.locations[1], ((0, SLOT),), by=where.cards[0][0])
+        one, by = (packed([0]), packed([SLOT])), where.cards[0][0]
+        hello = Hello(TOKEN, "write", "a/0", 1, "b/0", 2, self.locations[1], *one, by=by)
         writer.open(hello, b"")
         assert any("window of a/0" in line for line in pair.b.ask("pending"))
         pair.b.ask("close", peer="a/0", epoch=1)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import threading
 import time
-from typing import Callable, List, Optional, Tuple
+from typing import Callable, Optional
 
 import msgspec
 
 from kvcore.protocol.machine import StartCopy
 from kvcore.protocol.messages import Rid, Terms
+from kvreal.spans import Spans, ints
 
 
 class Fate(msgspec.Struct, frozen=True):
@@ -91,11 +92,9 @@ class Job:
         """What it has had so far for its weight, bytes; flow.py."""
         self.free_at_s: float = 0.0
         """When its cap lets the next byte go, by the monotonic clock."""
-        sizes = [tokens * copy.bytes_per_token for tokens in effect.lens]
-        self.spans: List[Tuple[int, int, int]] = _fraction(
-            list(zip(effect.slots, effect.peer_slots, sizes)), copy.fate.fraction
-        )
-        self.nbytes: int = sum(size for _, _, size in self.spans)
+        sizes = ints(effect.lens) * copy.bytes_per_token
+        self.spans: Spans = Spans(effect.slots, effect.peer_slots, sizes).first(copy.fate.fraction)
+        self.nbytes: int = self.spans.nbytes
 
     def woken_by(self, wake: Optional[Callable[[], None]]) -> None:
         """Once this returns, an earlier one is not called any more: what it wakes may be used by others."""
@@ -120,17 +119,3 @@ class Job:
         """The first byte is about to move: what came before was queueing."""
         if not self.began_ns:
             self.began_ns = time.monotonic_ns()
-
-
-def _fraction(spans: List[Tuple[int, int, int]], fraction: float) -> List[Tuple[int, int, int]]:
-    """The first ``fraction`` of the bytes of (slot, peer slot, bytes) spans."""
-    if fraction >= 1.0:
-        return spans
-    left = int(sum(size for _, _, size in spans) * fraction)
-    kept = []
-    for mine, theirs, size in spans:
-        if left <= 0:
-            break
-        kept.append((mine, theirs, min(size, left)))
-        left -= size
-    return kept

@@ -15,16 +15,15 @@ import select
 import socket
 from typing import Any, Dict, Final, List, Tuple
 
-import numpy as np
-
 from kvreal.memory import Memory
 from kvreal.slab import Slab
+from kvreal.spans import Slots, runs
 from kvreal.transfer.carrier import Carrier, Link
 from kvreal.transfer.flow import Flow
 from kvreal.transfer.frames import TransferError
 from kvreal.transfer.job import Job
 from kvreal.transfer.line import parse
-from kvreal.transfer.nixl import _batches, _descriptors, _runs
+from kvreal.transfer.nixl import _batches, _descriptors
 from kvreal.transfer.window import REVOKE, Window
 
 DESCRIPTORS: Final = 256
@@ -68,11 +67,8 @@ class MooncakeCarrier(Carrier):
         return mine == theirs == "cpu" and card.partition("/")[0] == self.protocol
 
     # ---- the side whose memory is touched
-    def prepare(self, window: Window) -> Tuple[int, ...]:
-        hello = window.hello
-        if not hello.spans:
-            return ()
-        return tuple(self.memory.addresses(hello.location, [slot for slot, _ in hello.spans]).tolist())
+    def prepare(self, window: Window) -> Slots:
+        return self.memory.addresses(window.hello.location, window.slots) if len(window.slots) else ()
 
     def revoke(self, window: Window) -> None:
         with contextlib.suppress(OSError):
@@ -83,9 +79,8 @@ class MooncakeCarrier(Carrier):
         effect = job.copy.effect
         endpoint = parse(job.copy.endpoint)
         peer = f"{endpoint.host}:{(endpoint.card(self.name) or '').partition('/')[2]}"
-        sizes = np.array([size for _, _, size in job.spans], dtype=np.uint64)
-        mine = self.memory.addresses(effect.location, [slot for slot, _, _ in job.spans])
-        here, there, sizes = _runs(mine, np.array(link.grant.at, dtype=np.uint64), sizes, self.flow.batch(job))
+        mine = self.memory.addresses(effect.location, job.spans.mine)
+        here, there, sizes = runs(mine, link.at, job.spans.sizes, self.flow.batch(job))
         poller = select.poll()
         poller.register(link.line.sock, select.POLLIN)
         job.began()
@@ -102,7 +97,7 @@ class MooncakeCarrier(Carrier):
                 self.flow.done()
             job.moved += nbytes
         if job.copy.fate.corrupt and not effect.read:
-            self._spoil(job, peer, link.grant.at)
+            self._spoil(job, peer, link.at.tolist())
         return f"mooncake/{self.protocol}"
 
     def _calls(self, job: Job, here: Any, sizes: Any) -> List[Tuple[int, int]]:
@@ -120,7 +115,7 @@ class MooncakeCarrier(Carrier):
             job.check()
             raise TransferError(f"mooncake could not move {sum(sizes)} bytes, {len(sizes)} runs of them")
 
-    def _spoil(self, job: Job, peer: str, at: Tuple[int, ...]) -> None:
+    def _spoil(self, job: Job, peer: str, at: List[int]) -> None:
         """Turn a byte over in what was written."""
         middle = len(job.spans) // 2
         slot, _, size = job.spans[middle]

@@ -24,13 +24,14 @@ import socket
 import threading
 import time
 from collections import deque
-from typing import Any, Deque, Dict, Final, List, Optional, Sequence, Tuple
+from typing import Any, Deque, Dict, Final, List, Optional, Tuple
 
 import numpy as np
 import numpy.typing as npt
 
 from kvreal.memory import Memory
 from kvreal.slab import Place, Slab
+from kvreal.spans import Ints, Slots, Spans, runs
 from kvreal.transfer.carrier import Carrier, Link
 from kvreal.transfer.flow import Flow
 from kvreal.transfer.frames import TransferError
@@ -51,7 +52,6 @@ IDLE_SLEEP_S: Final = 20e-3
 NUDGE: Final = b"P"
 """From who moves to who is touched: what I have posted is not done yet, and may need your progress."""
 
-Words = npt.NDArray[np.uint64]
 Descriptors = npt.NDArray[np.uint64]
 """N x 3: address, bytes, device."""
 
@@ -140,13 +140,10 @@ class NixlCarrier(Carrier):
                     kept.append((slab, self.agent.register_memory(region, slab.nixl_kind)))
             self.registered = kept
 
-    def prepare(self, window: Window) -> Tuple[int, ...]:
-        hello = window.hello
-        place = self.memory.places.get(hello.location)
-        if place is None or place.ordered:
-            return ()
-        at = self.memory.addresses(hello.location, [slot for slot, _ in hello.spans])
-        return tuple(int(address) for address in at)
+    def prepare(self, window: Window) -> Slots:
+        location = window.hello.location
+        place = self.memory.places.get(location)
+        return () if place is None or place.ordered else self.memory.addresses(location, window.slots)
 
     def info(self, hello: Hello) -> Optional[Info]:
         memory = self.memory
@@ -203,7 +200,7 @@ class NixlCarrier(Carrier):
             peer = self._meet(process, link.grant.info)
         if peer is None:
             raise TransferError(f"{copy.effect.peer} did not say how to reach its memory")
-        mine, theirs = self._descriptors(job, peer, link.grant.at)
+        mine, theirs = self._descriptors(job, peer, link.at)
         self._move(job, peer, link.line.sock, mine, theirs)
         if job.corrupt and not copy.effect.read:
             self._spoil_theirs(job, peer, theirs)
@@ -230,26 +227,23 @@ class NixlCarrier(Carrier):
                 with contextlib.suppress(Exception):
                     self.agent.remove_remote_agent(process)
 
-    def _descriptors(self, job: Job, peer: Peer, at: Tuple[int, ...]) -> Tuple[Descriptors, Descriptors]:
+    def _descriptors(self, job: Job, peer: Peer, at: Ints) -> Tuple[Descriptors, Descriptors]:
         """(mine, theirs): one row a run of chunks that are neighbours on both sides, none above a batch."""
         effect = job.copy.effect
         there = peer.places.get(effect.peer_location)
         if there is None:
             raise TransferError(f"{effect.peer} has no location {effect.peer_location}")
         here = self.memory.places[effect.location]
-        if len(job.spans) <= FEW and here.ordered and not at:
-            return _few(job.spans, here, there, self.flow.batch(job))
-        spans = np.array(job.spans, dtype=np.uint64)
-        mine = self.memory.addresses(effect.location, [slot for slot, _, _ in job.spans])
-        if at:
-            theirs = np.array(at, dtype=np.uint64)
-        else:
-            theirs = there.address + spans[:, 1] * np.uint64(there.slot_bytes)
-        sizes = spans[:, 2]
+        spans = job.spans
+        if len(spans) <= FEW and here.ordered and not len(at):
+            return _few(spans, here, there, self.flow.batch(job))
+        mine = self.memory.addresses(effect.location, spans.mine)
+        theirs = at if len(at) else there.address + spans.theirs * there.slot_bytes
+        sizes = spans.sizes
         if (mine[1:] < mine[:-1]).any():  # slots that were freed from the tail are taken in that order
             order = np.argsort(mine)
             mine, theirs, sizes = mine[order], theirs[order], sizes[order]
-        rows = _runs(mine, theirs, sizes, self.flow.batch(job))
+        rows = runs(mine, theirs, sizes, self.flow.batch(job))
         return _descriptors(rows[0], rows[2], here.device), _descriptors(rows[1], rows[2], there.device)
 
     def _move(self, job: Job, peer: Peer, sock: socket.socket, mine: Descriptors, theirs: Descriptors) -> None:
@@ -405,10 +399,8 @@ def _nudge(sock: socket.socket) -> bool:
     return True
 
 
-def _few(
-    spans: Sequence[Tuple[int, int, int]], here: Place, there: Place, limit: int
-) -> Tuple[Descriptors, Descriptors]:
-    """``_runs`` of a few, without the cost of a dozen array operations."""
+def _few(spans: Spans, here: Place, there: Place, limit: int) -> Tuple[Descriptors, Descriptors]:
+    """``runs`` of a few, without the cost of a dozen array operations."""
     mine: List[Tuple[int, int, int]] = []
     theirs: List[Tuple[int, int, int]] = []
     for slot, peer_slot, size in spans:
@@ -425,21 +417,8 @@ def _few(
     return np.array(mine, dtype=np.uint64), np.array(theirs, dtype=np.uint64)
 
 
-def _runs(mine: Words, theirs: Words, sizes: Words, limit: int) -> Tuple[Words, Words, Words]:
-    """Neighbours on both sides merged, then cut so that no run is above ``limit`` bytes."""
-    ends = np.flatnonzero((mine[:-1] + sizes[:-1] != mine[1:]) | (theirs[:-1] + sizes[:-1] != theirs[1:])) + 1
-    firsts = np.concatenate(([0], ends)).astype(np.intp)
-    mine, theirs, sizes = mine[firsts], theirs[firsts], np.add.reduceat(sizes, firsts)
-    if not len(sizes) or int(sizes.max()) <= limit:
-        return mine, theirs, sizes
-    pieces = -(-sizes.astype(np.int64) // limit)
-    run = np.repeat(np.arange(len(sizes)), pieces)
-    offset = (np.arange(len(run)) - np.repeat(np.cumsum(pieces) - pieces, pieces)).astype(np.uint64) * np.uint64(limit)
-    return mine[run] + offset, theirs[run] + offset, np.minimum(sizes[run] - offset, np.uint64(limit))
-
-
-def _descriptors(addresses: Words, sizes: Words, device: int) -> Descriptors:
-    return np.column_stack((addresses, sizes, np.full(len(sizes), device, dtype=np.uint64)))
+def _descriptors(addresses: Ints, sizes: Ints, device: int) -> Descriptors:
+    return np.column_stack((addresses, sizes, np.full(len(sizes), device))).astype(np.uint64)
 
 
 def _batches(rows: Descriptors, limit: int) -> Deque[Tuple[int, int, int]]:

@@ -25,6 +25,7 @@ import numpy as np
 from kvcore.scenario.topology import kind_of
 from kvreal.memory import Memory
 from kvreal.slab import Bytes
+from kvreal.spans import Ints
 from kvreal.store import DiskError
 from kvreal.transfer.carrier import Carrier, Link
 from kvreal.transfer.file import workers
@@ -91,10 +92,11 @@ class SocketCarrier(Carrier):
     def _move(self, job: Job, streams: Streams) -> None:
         effect = job.copy.effect
         read = effect.read
-        spans = [(slot, size) for slot, _, size in job.spans]
+        spans = job.spans
         spoil = job.corrupt and not read
         limit = self.flow.batch(job)
-        found = batches(self.memory, effect.location, spans, limit, fill=not read, keys=effect.keys)
+        keys = effect.keys
+        found = batches(self.memory, effect.location, spans.mine, spans.sizes, limit, fill=not read, keys=keys)
         with closing(found):
             for batch in found:
                 self.flow.turn(job, batch.nbytes)
@@ -125,14 +127,15 @@ class SocketCarrier(Carrier):
         except DiskError as error:
             log.warning("a copy with %s fails: %s", window.hello.peer, error)
             if window.hello.kind == "write":  # whoever writes hears of it, and counts on none of it
-                self.memory.forget(window.hello.location, [slot for slot, _ in window.hello.spans])
+                self.memory.forget(window.hello.location, window.slots)
             return False
 
     def _served(self, window: Window) -> bool:
         hello = window.hello
         position = 0
         fill = hello.kind == "read"
-        found = batches(self.memory, hello.location, hello.spans, BATCH_BYTES, fill=fill, keys=hello.keys)
+        slots, sizes = window.slots, window.sizes
+        found = batches(self.memory, hello.location, slots, sizes, BATCH_BYTES, fill=fill, keys=hello.keys)
         with closing(found):
             for batch in found:
                 views = dealt(batch.views, position, hello.parts)[hello.part]
@@ -232,22 +235,23 @@ class Batch:
 def batches(
     memory: Memory,
     location: str,
-    spans: Sequence[Tuple[int, int]],
+    slots: Ints,
+    sizes: Ints,
     limit: int,
     fill: bool = True,
     keys: Sequence[bytes] = (),
 ) -> Generator[Batch, None, None]:
-    """The bytes of (slot, bytes) spans in order, at most ``limit`` (or one staged slot) at a time. ``fill``: they are
-    read; otherwise they are about to be written. ``keys``: the chunks', if they are known. What a batch shows is good
-    until the next is asked for; once this has ended, or is closed, nothing is read or written any more."""
+    """The first so many bytes of each slot, in order, at most ``limit`` (or one staged slot) at a time. ``fill``: they
+    are read; otherwise they are about to be written. ``keys``: the chunks', if they are known. What a batch shows is
+    good until the next is asked for; once this has ended, or is closed, nothing is read or written any more."""
     if not memory.mapped(location):
-        wanted = list(zip(spans, keys or [b""] * len(spans)))
+        wanted = list(zip(zip(slots.tolist(), sizes.tolist()), keys or [b""] * len(slots)))
         yield from _read_ahead(memory, location, wanted) if fill else _write_behind(memory, location, wanted)
         return
     views: List[Bytes] = []
     nbytes = 0
-    for slot, size in spans:
-        view = memory.view(location, slot, size)
+    for view in memory.ranges(location, slots, sizes):
+        size = len(view)
         start = 0
         while start < size:
             part = view[start : start + min(PIECE_BYTES, limit - nbytes)]
@@ -351,7 +355,7 @@ def _spoilt(views: Sequence[Bytes]) -> List[Bytes]:
     found = list(views)
     middle = len(found) // 2
     found[middle] = found[middle].copy()
-    found[middle][len(found[middle]) // 2] ^= 0xFF
+    found[middle][(len(found[middle]) - 1) // 2] ^= 0xFF  # no chunk's first byte, unless it has no other
     return found
 
 

@@ -25,6 +25,7 @@ from typing import Callable, Dict, Final, List, Optional, Tuple
 import msgspec
 
 from kvreal.slab import Place
+from kvreal.spans import Ints, unpacked
 from kvreal.transfer.frames import Answering, Stranger, TransferError
 from kvreal.transfer.workers import punctual
 
@@ -47,11 +48,11 @@ class AddressTaken(TransferError):
 
 
 class Hello(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """``kind``: read, write or greet (a first contact that moves nothing). ``spans``: (slot, bytes) of the target's
-    memory. ``by``: the transport that carries them. ``layout``: what the asker knows of where that memory lies.
-    ``part`` of ``parts``: which of a copy's windows it is, if it has several. ``keys``: the chunks', where the memory
-    is a disk or sums are asked for. ``check``: what is summed, all bytes or samples, empty for nothing; ``sums``: of
-    what a writer writes, chunk by chunk."""
+    """``kind``: read, write or greet (a first contact that moves nothing). ``slots`` and ``sizes``: of the target's
+    memory, and bytes of each, packed (kvreal/spans.py). ``by``: the transport that carries them. ``layout``: what the
+    asker knows of where that memory lies. ``part`` of ``parts``: which of a copy's windows it is, if it has several.
+    ``keys``: the chunks', where the memory is a disk or sums are asked for. ``check``: what is summed, all bytes or
+    samples, empty for nothing; ``sums``: of what a writer writes, chunk by chunk."""
 
     token: str
     kind: str
@@ -60,7 +61,8 @@ class Hello(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     to: str
     epoch: int
     location: str = ""
-    spans: Tuple[Tuple[int, int], ...] = ()
+    slots: bytes = b""
+    sizes: bytes = b""
     layout: int = -1
     by: str = ""
     part: int = 0
@@ -86,8 +88,8 @@ class Grant(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     ok: bool
     why: str = ""
     info: Optional[Info] = None
-    at: Tuple[int, ...] = ()
-    """Addresses of the spans, where their location has no order that could be computed with."""
+    at: bytes = b""
+    """Addresses of the slots, packed, where their location has no order that could be computed with."""
     sums: Tuple[int, ...] = ()
     """Of what is about to be read, where they were asked for."""
 
@@ -97,10 +99,15 @@ _hello = msgspec.msgpack.Decoder(Hello).decode
 
 
 class Window:
-    """One open connection, seen from the side whose memory is touched."""
+    """One open connection, seen from the side whose memory is touched: so many bytes of each of its ``slots``."""
 
     def __init__(self, hello: Hello, sock: socket.socket) -> None:
+        """ValueError if there are not as many sizes as slots."""
         self.hello: Hello = hello
+        self.slots: Ints = unpacked(hello.slots)
+        self.sizes: Ints = unpacked(hello.sizes)
+        if len(self.slots) != len(self.sizes):
+            raise ValueError(f"{len(self.sizes)} sizes of {len(self.slots)} slots")
         self.sock: socket.socket = sock
         self.granted: bool = False
         self.revoked: bool = False

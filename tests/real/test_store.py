@@ -22,6 +22,7 @@ from kvreal import store as module
 from kvreal.engines.thread import EngineThread
 from kvreal.memory import Memory
 from kvreal.slab import Slab, SlabError
+from kvreal.spans import ints
 from kvreal.store import PAGE, WHOLE, Calls, DiskError, Home, Store, files_in
 from kvreal.transfer import Transfer, file, make
 from kvreal.transfer import posix as module_posix
@@ -567,7 +568,8 @@ class Gate:
         self.ended.append(slot)
 
 
-SPANS = [(slot, 4096) for slot in range(4)]
+SPANS = ints(range(4)), ints([4096] * 4)
+"""Slots, and bytes of each."""
 
 
 def test_the_next_chunk_is_read_while_one_is_sent(
@@ -577,7 +579,7 @@ def test_the_next_chunk_is_read_while_one_is_sent(
     assert a.copy(a, True, DISK, CPU, KEYS, range(6)).state == "done"
     gate = Gate(a.memory, monkeypatch, "fetch")
     gate.let[0].set()
-    found = batches(a.memory, DISK, SPANS, 1 << 20, fill=True, keys=KEYS)
+    found = batches(a.memory, DISK, *SPANS, 1 << 20, fill=True, keys=KEYS)
     first = next(found)
     assert {gate.begun.get(timeout=30), gate.begun.get(timeout=30)} == {0, 1} and gate.ended == [0]
     assert (first.views[0] == noise(0, 4096)).all()
@@ -592,7 +594,7 @@ def test_a_chunk_is_written_while_the_next_is_received_and_all_are_at_the_end(
 ) -> None:
     a, _ = nodes
     gate = Gate(a.memory, monkeypatch, "put")
-    found = batches(a.memory, DISK, SPANS[:2], 1 << 20, fill=False, keys=KEYS)
+    found = batches(a.memory, DISK, SPANS[0][:2], SPANS[1][:2], 1 << 20, fill=False, keys=KEYS)
     for slot in (0, 1):  # the second is received although the first is not written
         batch = next(found)
         batch.views[0][:] = noise(slot, 4096)

@@ -11,6 +11,7 @@ from typing import Any, Dict, Iterator
 import pytest
 
 from kvreal.memory import Memory
+from kvreal.spans import ints
 from kvreal.transfer import TransferError, available, make, names, resolve
 from kvreal.transfer.conformance import SLOT, Conformance, Pair
 from kvreal.transfer.proof import Tables
@@ -204,4 +205,4 @@ def test_ucx_counts_what_we_name(tls: str) -> None:
 
 @pytest.mark.parametrize("fill", [True, False])
 def test_a_greeting_names_no_location_and_moves_nothing(fill: bool) -> None:
-    assert list(batches(Memory(), "", (), SLOT, fill=fill)) == []
+    assert list(batches(Memory(), "", ints(()), ints(()), SLOT, fill=fill)) == []
