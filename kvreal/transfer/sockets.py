@@ -30,13 +30,16 @@ from kvreal.store import DiskError
 from kvreal.transfer.carrier import Carrier, Link
 from kvreal.transfer.file import workers
 from kvreal.transfer.flow import BATCH_BYTES
-from kvreal.transfer.frames import TransferError
+from kvreal.transfer.frames import TransferError, read_message, send_message
 from kvreal.transfer.job import Job
 from kvreal.transfer.window import Window, hang_up
 
 log = logging.getLogger("kvmove.transfer")
 
 ACK: Final = b"\x06"
+REFUSED: Final = b"\x15"
+"""Instead of ACK, and at any time: why follows, as a message."""
+MAX_WHY: Final = 4096
 PIECE_BYTES: Final = 4 << 20
 """One view of a batch, and one stripe of a copy that has several streams."""
 AHEAD: Final = 1
@@ -100,6 +103,8 @@ class SocketCarrier(Carrier):
         with closing(found):
             for batch in found:
                 self.flow.turn(job, batch.nbytes)
+                if not read:
+                    _heed(effect.peer, streams.socks)
                 try:
                     whole = streams.carry(_spoilt(batch.views) if spoil else batch.views)
                 finally:
@@ -116,8 +121,12 @@ class SocketCarrier(Carrier):
 
     def _settle(self, job: Job, socks: Sequence[socket.socket]) -> None:
         """Wait until the target has put everything away, or has hung up and so puts nothing away any more."""
-        if [_answer(sock) for sock in socks] != [ACK] * len(socks):
+        answers = [_answer(sock) for sock in socks]
+        if answers != [ACK] * len(socks):
             job.check()
+            for sock, answer in zip(socks, answers):
+                if answer == REFUSED:
+                    raise TransferError(f"{job.copy.effect.peer}: {_why(sock)}")
             raise TransferError(f"{job.copy.effect.peer} did not take the bytes, or could not put them away")
 
     # ---- the side whose memory is touched
@@ -128,6 +137,7 @@ class SocketCarrier(Carrier):
             log.warning("a copy with %s fails: %s", window.hello.peer, error)
             if window.hello.kind == "write":  # whoever writes hears of it, and counts on none of it
                 self.memory.forget(window.hello.location, window.slots)
+                _refuse(window.sock, str(error))
             return False
 
     def _served(self, window: Window) -> bool:
@@ -365,6 +375,33 @@ def _answer(sock: socket.socket) -> bytes:
         return sock.recv(1)
     except OSError:
         return b""
+
+
+def _refuse(sock: socket.socket, why: str) -> None:
+    """Tell who writes why, and let go by what it has sent until it has heard: to hang up at once would lose the words.
+    """
+    nothing = bytearray(PIECE_BYTES)
+    with contextlib.suppress(OSError):
+        sock.sendall(REFUSED)
+        send_message(sock, why.encode()[:MAX_WHY])
+        while sock.recv_into(nothing):
+            pass
+
+
+def _heed(peer: str, socks: Sequence[socket.socket]) -> None:
+    """TransferError if the target has said that it does not keep what it is sent."""
+    for sock in socks:
+        with contextlib.suppress(OSError):  # nothing has come; or the connection is gone, which sending will show
+            if sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) == REFUSED:
+                sock.recv(1)
+                raise TransferError(f"{peer}: {_why(sock)}")
+
+
+def _why(sock: socket.socket) -> str:
+    try:
+        return " ".join(read_message(sock, MAX_WHY).decode(errors="replace").split())
+    except OSError:
+        return "it could not put the bytes away"
 
 
 def _end_half(sock: socket.socket) -> None:
