@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
 from kvmove.errors import UserError
+from kvmove.output import size
+
+if TYPE_CHECKING:
+    from kvreal.facts import Machine
 
 FILE: Final = "bench.json"
 FORMAT: Final = 1
@@ -143,6 +147,22 @@ class Bench(Part, frozen=True, kw_only=True):
     skipped: dict[str, str] = {}
     failed: dict[str, str] = {}
     format: int = FORMAT
+
+
+def described(facts: Machine) -> dict[str, str]:
+    """What a machine is, as a report says it."""
+    return {
+        "system": ".".join(facts.system.split(".")[:2]),
+        "CPU": facts.cpu,
+        "cores": str(facts.cores),
+        "NUMA nodes": str(facts.numa_nodes),
+        "memory": f"{size(facts.memory_bytes)}, {size(facts.memory_free_bytes)} of it free",
+        "/dev/shm": f"{size(facts.shm_bytes)}, {size(facts.shm_free_bytes)} of it free",
+        "GPUs": ", ".join(f"{gpu.name} ({size(gpu.memory_bytes)})" for gpu in facts.gpus) or "none",
+        "RDMA devices": ", ".join(facts.rdma) or "none",
+        "UCX transports": ", ".join(facts.ucx_transports) or "none",
+        "NIXL plugins": ", ".join(facts.nixl_plugins) or "none",
+    }
 
 
 def write(bench: Bench, folder: Path) -> list[Path]:

@@ -19,7 +19,7 @@ import msgspec
 from kvcore.scenario.build import Built
 from kvcore.scenario.profile import Profile, load_profile
 from kvcore.scenario.result import Result
-from kvmove.bench import live, matrix, measure
+from kvmove.bench import live, matrix, measure, result
 from kvmove.bench.matrix import Machine, Matrix, Point, Scenarios
 from kvmove.bench.result import Bench, Cell, Figure, Outcome, Timing
 from kvmove.errors import RealUnavailable, UserError, line_for
@@ -264,24 +264,11 @@ def _outcome(played: Played, world: str) -> Outcome:
 
 def machine_text() -> tuple[dict[str, str], dict[str, str]]:
     """(what this machine is, versions): names to text, nothing that tells whose it is."""
-    from kvmove.output import size
     from kvreal.facts import machine as facts_of
 
     facts = facts_of()
-    text = {
-        "system": ".".join(facts.system.split(".")[:2]),
-        "CPU": facts.cpu,
-        "cores": str(facts.cores),
-        "NUMA nodes": str(facts.numa_nodes),
-        "memory": f"{size(facts.memory_bytes)}, {size(facts.memory_free_bytes)} of it free",
-        "/dev/shm": f"{size(facts.shm_bytes)}, {size(facts.shm_free_bytes)} of it free",
-        "GPUs": ", ".join(f"{gpu.name} ({size(gpu.memory_bytes)})" for gpu in facts.gpus) or "none",
-        "RDMA devices": ", ".join(facts.rdma) or "none",
-        "UCX transports": ", ".join(facts.ucx_transports) or "none",
-        "NIXL plugins": ", ".join(facts.nixl_plugins) or "none",
-        "other load": f"{os.getloadavg()[0]:.1f} runnable on average in the minute before",
-    }
-    return text, {"kvmove": version_text().removeprefix("kvmove "), **facts.versions}
+    load = {"other load": f"{os.getloadavg()[0]:.1f} runnable on average in the minute before"}
+    return result.described(facts) | load, {"kvmove": version_text().removeprefix("kvmove "), **facts.versions}
 
 
 def load(path: str | None, is_quick: bool, here: Machine) -> Matrix:

@@ -13,9 +13,9 @@ from kvcore.scenario.build import with_measured
 from kvcore.scenario.profile import Profile
 from kvcore.scenario.result import Result
 from kvmove import compare
-from kvmove.calibrate.samples import Spread, spread
 from kvmove.demo import scenarios_directory
 from kvmove.play import Prepared, prepare
+from kvmove.spread import Spread, spread
 
 if TYPE_CHECKING:
     from kvreal.pool import Pool
@@ -120,7 +120,7 @@ def _moves(name: str, simulated: Result, real: Sequence[Result]) -> list[Move]:
             middle = round(median(one.phases[phase].measured_ns for one in times))
             ours = times[0].phases[phase].predicted_ns
             phases[phase] = Phase(ours, middle, ours / middle - 1 if middle else None)
-        error = predicted_ns / measured.middle - 1
+        error = predicted_ns / measured.median - 1
         found.append(Move(name, operation.op, predicted_ns, measured, error, phases))
     return found
 

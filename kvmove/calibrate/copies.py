@@ -11,8 +11,9 @@ from msgspec.structs import replace
 
 from kvcore.scenario.profile import CopyCost, Profile
 from kvmove.calibrate.plan import Part
-from kvmove.calibrate.samples import CPU, Kind, Samples, Spread, Timed, kind_of, spread
+from kvmove.calibrate.samples import CPU, Kind, Samples, Timed, kind_of
 from kvmove.calibrate.solve import simulated, to_ns, to_rate
+from kvmove.spread import Spread, spread
 
 SHARED_FROM: Final = 32 << 20
 """Bytes: smaller copies may stay in a cache, and share nothing."""

@@ -15,8 +15,9 @@ from msgspec.structs import replace
 from kvcore.scenario.profile import AUTO, Made, Profile
 from kvmove.calibrate.copies import copies_inside, copies_of
 from kvmove.calibrate.plan import Ask, Part
-from kvmove.calibrate.samples import Samples, Spread, Timed, spread
+from kvmove.calibrate.samples import Samples, Timed
 from kvmove.calibrate.solve import middle, pooled, simulated, solve, to_ns, to_rate
+from kvmove.spread import Spread, spread
 
 
 class Fitted(msgspec.Struct):

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
-from statistics import median, quantiles
 from typing import Final
 
 import msgspec
@@ -17,29 +15,6 @@ from kvmove.calibrate.plan import Ask, Part
 Kind = tuple[str, str, bool, bool]
 """(from, to, inside, push)"""
 CPU: Final[Kind] = ("cpu", "cpu", False, False)
-
-
-class Spread(msgspec.Struct, frozen=True):
-    """The middle one of some measurements, and where the middle half of them lies. ``count`` 0: there was none."""
-
-    middle: float
-    low: float
-    high: float
-    count: int
-
-    @property
-    def percent(self) -> float:
-        """Half of the middle half's width, in percent of the middle one."""
-        return 50.0 * (self.high - self.low) / self.middle if self.middle else 0.0
-
-
-def spread(values: Iterable[float]) -> Spread:
-    """Of at least one value."""
-    found = sorted(values)
-    if len(found) < 2:
-        return Spread(found[0], found[0], found[0], len(found))
-    low, _, high = quantiles(found, n=4, method="inclusive")
-    return Spread(median(found), low, high, len(found))
 
 
 class Timed(msgspec.Struct, frozen=True):

@@ -9,8 +9,8 @@ from kvcore.scenario.profile import CopyCost
 from kvmove.calibrate.accuracy import Accuracy
 from kvmove.calibrate.copies import label
 from kvmove.calibrate.fit import Fitted
-from kvmove.calibrate.samples import Spread
 from kvmove.output import duration, percent, size
+from kvmove.spread import Spread
 
 CONTROL: Final = {
     "message_latency_ns": "a message on its way, with waking up whom it is for",
@@ -94,7 +94,7 @@ def _copy(cost: CopyCost, spreads: dict[str, Spread]) -> Iterator[str]:
     yield "    rates:  # [bytes, bytes a second, the fixed costs aside]"
     for nbytes, rate in cost.rates:
         found = spreads.get(f"{name} {nbytes}")
-        more = f", {_gb(found.middle)} GB/s with them{_plus_minus(found)}" if found is not None else ""
+        more = f", {_gb(found.median)} GB/s with them{_plus_minus(found)}" if found is not None else ""
         yield f"      - [{nbytes}, {_number(rate)}]  # {size(nbytes)}{more}"
 
 
@@ -130,5 +130,5 @@ def _accuracy(accuracy: Accuracy | None) -> Iterator[str]:
     yield f"# median error of a move's duration {accuracy.median_error:.0%}, worst {accuracy.worst_error:.0%}."
     yield f"# Predicted beside the middle one of {accuracy.repeats} measured:"
     for move in accuracy.moves:
-        times = f"{duration(move.predicted_ns)} / {duration(move.measured.middle)}"
+        times = f"{duration(move.predicted_ns)} / {duration(move.measured.median)}"
         yield f"#   {move.scenario + ' ' + move.op:<28} {times:<20} {percent(move.error)}"

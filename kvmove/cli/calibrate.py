@@ -125,7 +125,7 @@ def _show(screen: Console, accuracy: Accuracy) -> None:
     )
     for move in accuracy.moves:
         measured = move.measured
-        times = (output.duration(move.predicted_ns), output.duration(measured.middle), f"{measured.percent:.0f}%")
+        times = (output.duration(move.predicted_ns), output.duration(measured.median), f"{measured.percent:.0f}%")
         table.add_row(f"[bold]{move.scenario} {move.op}[/bold]", "whole", *times, output.percent(move.error))
         for name, phase in move.phases.items():
             if phase.predicted_ns or phase.measured_ns:

@@ -28,7 +28,8 @@ def report(
 
     A directory may hold bench.json (`kvmove bench --out DIR`), JUnit files of the hardware suite (`pytest
     tests/hardware --junit-xml DIR/hardware.xml`) and results of runs (`kvmove run ... --json DIR/faults.json`).
-    Benches of one machine are put together on one page; bench.json goes beside it, so that it can be compared later.
+    Any of them alone will do. Benches of one machine are put together on one page; bench.json goes beside it, so that
+    it can be compared later.
 
     Examples:
 
@@ -39,7 +40,7 @@ def report(
     """
     for folder in folders:
         if not Path(folder).is_dir():
-            raise UserError(f"{folder}: expected a directory that `kvmove bench` wrote")
+            raise UserError(f"{folder}: expected a directory of `kvmove bench`, or with results of the hardware suite")
     if is_diff and len(folders) != 2:
         raise UserError(f"--diff: expected two directories, found {len(folders)}")
     try:
@@ -60,7 +61,8 @@ def report(
         found = sources.read(folders)
         target = Path(out) / _file_name(name or found.bench.name)
         written = page.write(target, found.bench.name, found.bench.about, sections.sections(found))
-        written.append(result.write_json(found.bench, target))
+        if found.commands:
+            written.append(result.write_json(found.bench, target))
     for path in written:
         print(path)
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Final
 
 from kvmove.bench.result import MOVE, Bench, Cell, Series
-from kvmove.reports import numbers
 from kvmove.reports.words import Section, Table, plain, times
+from kvmove.spread import spread
 
 SAME: Final = 0.05
 """Medians that are closer than this are called alike."""
@@ -56,12 +56,12 @@ def _pairs(a: Bench, b: Bench) -> list[tuple[Cell, Cell]]:
 
 
 def _text(series: Series) -> str:
-    return times(numbers.spread(series.seconds))
+    return times(spread(series.seconds))
 
 
 def _change(before: Series, after: Series) -> tuple[float, str]:
     """(by how much longer it takes, a word for it)."""
-    old, new = numbers.spread(before.seconds), numbers.spread(after.seconds)
+    old, new = spread(before.seconds), spread(after.seconds)
     change = new.median / old.median - 1
     apart = new.low > old.high or new.high < old.low
     if abs(change) <= SAME or not apart:
@@ -75,7 +75,7 @@ def _figures(a: Bench, b: Bench) -> Table:
     for one in a.figures:
         other = others.get(one.name)
         if other is not None:
-            old, new = numbers.spread(one.samples), numbers.spread(other.samples)
+            old, new = spread(one.samples), spread(other.samples)
             rows.append((one.name, plain(old), plain(new), one.unit))
     return Table("Medians", ("", "before", "after", "unit"), tuple(rows), (1, 2))
 

@@ -3,29 +3,12 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import msgspec
 
 from kvmove.bench.result import MOVE, Bench, Cell, Goal, Series
-
-
-class Spread(msgspec.Struct, frozen=True):
-    """The middle, and what lies around it: half of all samples are between ``low`` and ``high``."""
-
-    median: float
-    low: float
-    high: float
-    least: float
-    most: float
-    count: int
-
-
-def spread(samples: Sequence[float]) -> Spread:
-    """Of at least one sample."""
-    ordered = sorted(samples)
-    low, _, high = statistics.quantiles(ordered, n=4, method="inclusive") if len(ordered) > 1 else [ordered[0]] * 3
-    return Spread(statistics.median(ordered), low, high, ordered[0], ordered[-1], len(ordered))
+from kvmove.spread import Spread, spread
 
 
 def rate(cell: Cell, seconds: float) -> float:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Final
 
-from kvmove.bench.result import Bench, Outcome
+from kvmove.bench.result import Outcome
 from kvmove.output import plural
-from kvmove.reports.sources import Suite
+from kvmove.reports.sources import Found, Suite
 from kvmove.reports.words import Section, Table
 
 WORLD: Final = {"sim": "in simulation", "real": "real processes"}
@@ -78,9 +78,12 @@ def hardware(suites: Sequence[Suite]) -> Section | None:
     return Section("hardware", "The hardware suite", tuple(text), tables=tuple(tables))
 
 
-def left_out(bench: Bench, suites: Sequence[Suite]) -> Section | None:
+def left_out(found: Found) -> Section | None:
+    bench = found.bench
     rows = [(what, f"✗ FAILED: {why}") for what, why in bench.failed.items()] + list(bench.skipped.items())
-    if not suites:
+    if not found.commands:
+        rows.append(("figures", "not measured: kvmove bench --out DIR"))
+    if not found.suites:
         rows.append(("the hardware suite", "not run: pytest tests/hardware --junit-xml DIR/hardware.xml"))
     if not bench.outcomes:
         rows.append(("faults", "none of these runs played scenarios with faults"))

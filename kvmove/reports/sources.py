@@ -14,6 +14,7 @@ import msgspec
 from kvmove.bench import result
 from kvmove.bench.result import Bench, Outcome
 from kvmove.errors import UserError
+from kvreal.facts import Machine
 
 
 class Case(msgspec.Struct, frozen=True):
@@ -32,13 +33,17 @@ class Suite(msgspec.Struct, frozen=True):
     cases: tuple[Case, ...]
     command: str = ""
     measured: tuple[dict[str, Any], ...] = ()
+    date: str = ""
+    machine: Machine | None = None
+    """Of its JSON; JUnit knows neither."""
 
     def count(self, outcome: str) -> int:
         return sum(one.outcome == outcome for one in self.cases)
 
 
 class Found(msgspec.Struct, frozen=True):
-    """All of one report. ``bench`` is all benches in one; ``commands``: what each was made by."""
+    """All of one report. ``bench`` is all benches in one, or says where the rest comes from if there is none:
+    ``commands``, what each was made by, is empty then."""
 
     bench: Bench
     commands: tuple[str, ...]
@@ -53,7 +58,7 @@ def read(folders: Sequence[str]) -> Found:
     for name in folders:
         folder = Path(name)
         if not folder.is_dir():
-            raise UserError(f"{name}: expected a directory that `kvmove bench` wrote")
+            raise UserError(f"{name}: expected a directory of `kvmove bench`, or with results of the hardware suite")
         has_bench = (folder / result.FILE).is_file()
         if has_bench:
             benches.append(result.read(folder))
@@ -66,11 +71,23 @@ def read(folders: Sequence[str]) -> Found:
             raise UserError(f"{name}: there is no {result.FILE} in it, no JUnit file and no result of `kvmove run`")
         suites += here
         outcomes += played
-    if not benches:
-        raise UserError(f"{folders[0]}: expected at least one directory with a {result.FILE} (`kvmove bench`)")
-    whole = merged(benches)
+    whole = merged(benches) if benches else unbenched(suites)
     whole = msgspec.structs.replace(whole, outcomes=(*whole.outcomes, *outcomes))
     return Found(whole, tuple(one.command for one in benches), tuple(suites))
+
+
+def unbenched(suites: Sequence[Suite]) -> Bench:
+    """Of what is on a page that has no bench: the machine, as the hardware suite found it. UserError: two of them."""
+    told = [one for one in suites if one.machine is not None]
+    machines = [result.described(one.machine) for one in told if one.machine is not None]
+    for one, machine in zip(told, machines):
+        if (machine["CPU"], machine["cores"]) != (machines[0]["CPU"], machines[0]["cores"]):
+            raise UserError(f"{one.file}: it is of another machine than {told[0].file}: one page is of one machine")
+    return Bench(
+        name="hardware suite" if suites else "runs", begun=told[0].date if told else "", took_s=0, command="", seed=0,
+        repeats=0, warmup=0, profile="", machine=machines[0] if machines else {},
+        versions=told[0].machine.versions if told and told[0].machine is not None else {},
+    )  # fmt: skip
 
 
 def merged(benches: Sequence[Bench]) -> Bench:
@@ -137,7 +154,15 @@ def suite(path: Path) -> Suite | None:
     tests = body.get("tests", [])
     cases = [_case(one["test"].partition("::")[2], one["outcome"], one["why"]) for one in tests]
     measured = [row for one in tests for row in one.get("measured", [])]
-    return Suite(path.name, tuple(cases), shlex.join(body.get("command", [])), tuple(measured))
+    command = shlex.join(body.get("command", []))
+    return Suite(path.name, tuple(cases), command, tuple(measured), body.get("date", ""), _machine(body))
+
+
+def _machine(body: dict[str, Any]) -> Machine | None:
+    try:
+        return msgspec.convert(body.get("machine"), Machine)
+    except msgspec.ValidationError:  # another version's
+        return None
 
 
 def runs(path: Path) -> list[Outcome]:

@@ -23,6 +23,7 @@ from kvmove.reports.words import (
     shown,
     times,
 )
+from kvmove.spread import spread
 
 PHASES: Final = ("control", "queue", "commit", "to the client and back")
 PHASE_WORDS: Final = (
@@ -108,7 +109,7 @@ def _line(name: str, cells: Sequence[Cell], pick: Callable[[Cell], Series | None
     for cell in cells:
         series = pick(cell)
         assert series is not None
-        around = numbers.spread(series.seconds)
+        around = spread(series.seconds)
         xs.append(float(cell.nbytes))
         ys.append(numbers.rate(cell, around.median))
         lows.append(numbers.rate(cell, around.high))
@@ -133,7 +134,7 @@ def latency(bench: Bench) -> Section | None:
         return None
     rows = []
     for name, samples in found:
-        around = numbers.spread(samples)
+        around = spread(samples)
         tail = sorted(samples)[min(len(samples) - 1, int(0.95 * len(samples)))]
         row = (around.least, around.low, around.median, around.high, tail, around.most)
         rows.append((name, str(around.count), *[f"{one:.3g}" for one in row]))
@@ -213,7 +214,7 @@ def contention(bench: Bench) -> Section | None:
         ys = []
         for cell in cells:
             middle = move(cell)
-            singles = numbers.spread(cell.singles or (middle.median,))
+            singles = spread(cell.singles or (middle.median,))
             ys.append(numbers.rate(cell, middle.median))
             rows.append((name, str(cell.concurrency), gb_per_s(cell, middle), times(singles)))
         found.append(Line(name, tuple(float(c.concurrency) for c in cells), tuple(ys)))
@@ -226,7 +227,7 @@ def contention(bench: Bench) -> Section | None:
             Table("Moves at once", ("moves", "at once", "GB/s together", "each takes"), tuple(rows), (1, 2, 3))
         )
     if figures:
-        kept = tuple((one.name, plain(numbers.spread(one.samples)), one.unit, one.about) for one in figures)
+        kept = tuple((one.name, plain(spread(one.samples)), one.unit, one.about) for one in figures)
         tables.append(Table("A small move beside a large one", ("", "median", "unit", ""), kept, (1,)))
     return Section("contention", "Contention", ("Several moves share what carries them.",), charts=tuple(drawn),
                    tables=tuple(tables))  # fmt: skip
@@ -240,8 +241,8 @@ def beside(bench: Bench) -> Section | None:
         if ours is None or theirs is None:
             continue
         around = numbers.ratio(ours, theirs)
-        rows.append((cell.name, shown(cell), times(numbers.spread(ours.seconds)),
-                     times(numbers.spread(theirs.seconds)), plain(around)))  # fmt: skip
+        rows.append((cell.name, shown(cell), times(spread(ours.seconds)),
+                     times(spread(theirs.seconds)), plain(around)))  # fmt: skip
     figures = [one for one in bench.figures if "small" not in one.name]
     if not rows and not figures:
         return None

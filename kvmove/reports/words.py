@@ -7,10 +7,10 @@ from typing import Final
 import msgspec
 
 from kvmove.bench.result import MOVE, Cell
-from kvmove.output import size
+from kvmove.output import duration, size
 from kvmove.reports import numbers
 from kvmove.reports.charts import Chart
-from kvmove.reports.numbers import Spread
+from kvmove.spread import Spread, spread
 
 SMALL_BYTES: Final = 4 << 20
 """Moves up to this size are looked at by latency, larger ones by rate."""
@@ -39,10 +39,7 @@ class Section(msgspec.Struct, frozen=True):
 
 def seconds(value: float) -> str:
     """Three figures and a unit."""
-    for unit, factor in (("s", 1.0), ("ms", 1e3), ("us", 1e6)):
-        if value * factor >= 1 or unit == "us":
-            return f"{value * factor:.3g} {unit}" if value * factor < 1000 else f"{value * factor:.0f} {unit}"
-    return ""
+    return duration(value * 1e9)
 
 
 def times(one: Spread) -> str:
@@ -62,7 +59,7 @@ def gb_per_s(cell: Cell, one: Spread) -> str:
 def move(cell: Cell) -> Spread:
     series = cell.of(MOVE)
     assert series is not None
-    return numbers.spread(series.seconds)
+    return spread(series.seconds)
 
 
 def route(cell: Cell) -> str:

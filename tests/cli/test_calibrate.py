@@ -14,12 +14,13 @@ from kvmove.calibrate import accuracy, foreign, plan
 from kvmove.calibrate.accuracy import Accuracy, Move
 from kvmove.calibrate.fit import fit
 from kvmove.calibrate.measure import Budget, Measuring, budget
-from kvmove.calibrate.samples import Samples, spread
+from kvmove.calibrate.samples import Samples
 from kvmove.calibrate.write import text
 from kvmove.cli import call
 from kvmove.demo import scenarios_directory
 from kvmove.errors import RealUnavailable
 from kvmove.play import prepare
+from kvmove.spread import spread
 from kvsim.run import run as simulate
 
 #: What a made-up machine costs. Calibration is to find these numbers again, knowing only how long things took.
@@ -140,7 +141,7 @@ def test_what_two_copies_at_once_carry_is_what_their_copies_say() -> None:
 
 def test_a_spread_is_the_middle_and_where_the_middle_half_lies() -> None:
     found = spread([5.0, 1.0, 2.0, 3.0, 4.0])
-    assert (found.middle, found.low, found.high, found.count) == (3.0, 2.0, 4.0, 5)
+    assert (found.median, found.low, found.high, found.count) == (3.0, 2.0, 4.0, 5)
     assert found.percent == pytest.approx(100 / 3)
     assert spread([7.0]).percent == 0.0
 
