@@ -245,10 +245,6 @@ class Endpoints:
         return ""
 
     # ---- receiving
-    def fds(self) -> List[int]:
-        """Readable when something may have come; ZeroMQ's tells of changes only."""
-        return [self.pull.fileno(), *([self.near.fileno()] if self.near is not None else [])]
-
     def receive(self) -> Tuple[List[Tuple[str, Wire]], bool]:
         """((src, message) of what has arrived, at most BATCH by ZeroMQ; whether there may be more)."""
         found = list(self.arriving())
@@ -256,12 +252,9 @@ class Endpoints:
 
     def arriving(self) -> Iterator[Tuple[str, Wire]]:
         """The same one by one: what the first asks for can go out before the next is looked at."""
+        yield from self.nearby()
         recv: Callable[..., Any] = self.pull.recv
         self.more = True
-        if self.near is not None:
-            for parts in self.near.arriving():
-                yield from self._known(parts[0], parts[1:]) or self._decode(parts[0], parts[1:], _near)
-            self.counters["frames_malformed"] += self.near.take_garbled()
         for _ in range(BATCH):
             try:
                 frames = [recv(NOW, False)]
@@ -272,6 +265,13 @@ class Endpoints:
                 frames.append(recv(NOW, False))
             head, bodies = frames[0].bytes, [frame.buffer for frame in frames[1:]]
             yield from self._known(head, bodies) or self._decode(head, bodies, partial(_whence, frames[0]))
+
+    def nearby(self) -> Iterator[Tuple[str, Wire]]:
+        """What has come from this host, and no look at what else has: that costs as much as a message."""
+        if self.near is not None:
+            for parts in self.near.arriving():
+                yield from self._known(parts[0], parts[1:]) or self._decode(parts[0], parts[1:], _near)
+            self.counters["frames_malformed"] += self.near.take_garbled()
 
     def _known(self, head: bytes, bodies: Sequence[Bytes]) -> List[Tuple[str, Wire]]:
         """A good frame of a node that has been heard before; anything else is looked at closely."""

@@ -95,7 +95,7 @@ class Host:
         if self.transfer.wake in ready or self.engine.wake in ready:
             node.collect()
         if any(source in ready for source in self.mail):
-            for src, message in self.network.receive():
+            for src, message in self.network.receive(far=self.network.pull in ready):
                 node.receive(src, message)
         node.run_due()
 

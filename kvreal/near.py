@@ -49,21 +49,23 @@ class Line:
         self.incoming: bytearray = bytearray()
         self.outgoing: bytearray = bytearray()
 
-    def read(self) -> Optional[List[List[bytes]]]:
-        """Whole frames that have come; None: the other end has gone. Garbled."""
+    def read(self, room: memoryview) -> Optional[List[List[bytes]]]:
+        """Whole frames that have come, by way of ``room``; None: the other end has gone. Garbled."""
         try:
-            data = self.sock.recv(READ_BYTES)
+            size = self.sock.recv_into(room)
         except BlockingIOError:
             return []
         except OSError:
             return None
-        if not data:
+        if not size:
             return None
+        data = bytes(room[:size])
         if self.incoming:
             self.incoming += data
             data = bytes(self.incoming)
         frames, taken = _cut(data)
-        self.incoming = bytearray(data[taken:])
+        if taken < len(data) or self.incoming:
+            self.incoming = bytearray(data[taken:])
         return frames
 
     def write(self, parts: Sequence[bytes]) -> bool:
@@ -130,6 +132,8 @@ class Near:
         #: who was not there -> when to try again, seconds of the monotonic clock
         self.absent: Dict[str, float] = {}
         self.garbled: int = 0
+        #: where what comes is put first: room of this size, had anew for each read, costs more than the read
+        self.room: memoryview = memoryview(bytearray(READ_BYTES))
         for address in dict.fromkeys(addresses):
             self._listen(address)
 
@@ -213,7 +217,7 @@ class Near:
 
     def _read(self, fd: int, caller: Line, frames: List[List[bytes]]) -> None:
         try:
-            found = caller.read()
+            found = caller.read(self.room)
         except Garbled:
             self.garbled += 1
             found = None

@@ -123,13 +123,13 @@ class Network:
             self.sent[name] = self.sent.get(name, 0) + 1
         return True
 
-    def receive(self) -> List[Tuple[str, Wire]]:
-        """(src, message) of what has arrived, at most BATCH by ZeroMQ."""
+    def receive(self, far: bool = True) -> List[Tuple[str, Wire]]:
+        """(src, message) of what has arrived, at most BATCH by ZeroMQ; not ``far``: of what has come from this host."""
         frames: List[List[bytes]] = []
         if self.near is not None:
             frames = self.near.arriving()
             self.counters["frames_malformed"] = self.counters.get("frames_malformed", 0) + self.near.take_garbled()
-        for _ in range(BATCH):
+        for _ in range(BATCH if far else 0):
             try:
                 frames.append(self.pull.recv_multipart(zmq.NOBLOCK))
             except zmq.Again:

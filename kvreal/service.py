@@ -225,9 +225,11 @@ class Service:
             self._loop.add_reader(self.worker.engine.wake, self._collect)
         else:
             self.give(m.Boot(journal=self.records))
-        self._fds: List[int] = self.network.fds()
-        for fd in self._fds:
-            self._loop.add_reader(fd, self._readable)
+        self._fds: List[int] = [self.network.pull.fileno()]
+        self._loop.add_reader(self._fds[0], self._readable)
+        if self.network.near is not None:
+            self._fds.append(self.network.near.fileno())
+            self._loop.add_reader(self._fds[1], self._near_readable)
         self._loop.call_soon(self._readable)
 
     async def stop(self) -> None:
@@ -294,6 +296,15 @@ class Service:
         self.asked = {}
         if self.failed is not None and not self.failed.done():
             self.failed.set_result(error)
+
+    def _near_readable(self) -> None:
+        if not self.running:
+            return
+        for src, message in self.network.nearby():
+            self._give(m.Received(src, message))
+            if not self.running:
+                return
+        self._arm()
 
     def _readable(self) -> None:
         """The socket's descriptor tells of changes only: read until there is nothing more, a batch at a time."""
