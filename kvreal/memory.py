@@ -330,7 +330,8 @@ class Memory:
             rows = run.reshape(-1, size)
             rows[:, :64] = POISON
             rows[:, -64:] = POISON
-            rows[:, ::POISON_STRIDE] = POISON
+            if size > POISON_STRIDE:
+                rows[:, ::POISON_STRIDE] = POISON
 
     def wipe(self, keep: Sequence[Tuple[str, int]] = ()) -> int:
         """Overwrite every slot that was ever written and is not in ``keep``; returns how many bytes."""

@@ -209,7 +209,8 @@ class Destination:
         want = len(m.keys)
         held = [-1] * want
         # First hold what is here, so that fitting the rest can never evict the prompt's own head (H07, H19).
-        if not index.keys().isdisjoint(m.keys):
+        here = not index.keys().isdisjoint(m.keys)
+        if here:
             for i in range(want):
                 entry = index.get(m.keys[i])
                 # Leaving is not there: a chunk under a deleting pin is copied anew (H02).
@@ -217,7 +218,7 @@ class Destination:
                     held[i] = entry.slot
                     if rules.h07 and rules.h19:
                         pool.ref(entry.slot)
-        own = pool.take_for(held, m.evict)
+        own = pool.take_for(held, m.evict) if here else pool.take_all(want, m.evict)
         n = len(own)
         if not (rules.h07 and rules.h19):
             self._hold_late(pool, m.keys, held)

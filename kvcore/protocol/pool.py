@@ -51,14 +51,14 @@ def count_down(counts: Dict[Name, int], names: Sequence[Name]) -> Sequence[Name]
         found = list(map(counts.get, names))
         first = found[0]
         if first is not None and found.count(first) == len(found):
-            alike = dict.fromkeys(names, first - 1)
-            if len(alike) == len(names):
-                if first > 1:
-                    counts.update(alike)
-                    return ()
+            if first == 1:
                 for name in names:
                     del counts[name]
                 return names
+            alike = dict.fromkeys(names, first - 1)
+            if len(alike) == len(names):
+                counts.update(alike)
+                return ()
     gone: List[Name] = []
     for name in names:
         left = counts[name] - 1

@@ -386,8 +386,6 @@ class Transfer:
     def _carry_over(self, job: Job) -> str:
         endpoint = parse(job.copy.endpoint)
         carrier = self._choose(job, endpoint)
-        if job.copy.effect.read:
-            self._soil(carrier, job.copy.effect.location, job.copy.effect.slots)
         try:
             links: List[Link] = []
             try:
@@ -481,12 +479,21 @@ class Transfer:
             parts = parts if links else carrier.streams(job, line.unix)
             return first if parts == 1 else msgspec.structs.replace(first, part=len(links), parts=parts)
 
+        def soil() -> None:
+            whole = len(effect.slots) == len(job.spans)
+            self._soil(carrier, effect.location, job.spans.mine if whole else effect.slots)
+
         while len(links) < parts:
-            links.append(self._ask(endpoint, carrier, hello, job))
+            links.append(self._ask(endpoint, carrier, hello, job, soil if effect.read and not links else lambda: None))
         links[0].others = links[1:]
 
     def _ask(
-        self, endpoint: Endpoint, carrier: Carrier, hello: Callable[[Line], Hello], job: Optional[Job]
+        self,
+        endpoint: Endpoint,
+        carrier: Carrier,
+        hello: Callable[[Line], Hello],
+        job: Optional[Job],
+        meanwhile: Callable[[], None] = lambda: None,
     ) -> Link:
         """Over a line that is there, or else over a new one. Whoever stops the copy meanwhile hangs up on it."""
         line = self.lines.take(endpoint.process)
@@ -499,7 +506,7 @@ class Transfer:
             try:
                 if job is not None:
                     job.woken_by(_hanger(line))
-                link = Link(line, line.open(hello(line), self.windows.secret))
+                link = Link(line, line.open(hello(line), self.windows.secret, meanwhile))
                 if job is not None:
                     job.woken_by(None)
                 return link

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import socket
 import threading
-from typing import Dict, Final, List, Optional, Tuple
+from typing import Callable, Dict, Final, List, Optional, Tuple
 
 import msgspec
 
@@ -70,25 +70,28 @@ class Line:
     def unix(self) -> bool:
         return self.sock.family == socket.AF_UNIX
 
-    def open(self, hello: Hello, secret: bytes) -> Grant:
-        """Ask for a window. TransferError if it is refused, OSError if the peer hangs up."""
+    def open(self, hello: Hello, secret: bytes, meanwhile: Callable[[], None] = lambda: None) -> Grant:
+        """Ask for a window; ``meanwhile`` runs while the peer makes up its answer. TransferError if it is refused,
+        OSError if the peer hangs up."""
         try:
-            grant = _grant(self._asked(_encode(hello), secret, hello.to))
+            grant = _grant(self._asked(_encode(hello), secret, hello.to, meanwhile))
         except msgspec.MsgspecError as error:
             raise TransferError(f"no grant from {hello.to}: {error}") from error
         if not grant.ok:
             raise TransferError(f"refused by {hello.to}: {grant.why}")
         return grant
 
-    def _asked(self, hello: bytes, secret: bytes, who: str) -> bytes:
+    def _asked(self, hello: bytes, secret: bytes, who: str, meanwhile: Callable[[], None]) -> bytes:
         if not secret:
             ask(self.sock, hello, b"", b"")
+            meanwhile()
             self.settle()
             return told(self.sock, b"", b"", b"", who)
         self.settle()
         self.sock.settimeout(HELLO_TIMEOUT_S)
         theirs = read_challenge(self.sock, who)
         ours = ask(self.sock, hello, secret, theirs)
+        meanwhile()
         body = told(self.sock, secret, theirs, ours, who)
         self.sock.settimeout(None)
         return body
