@@ -27,7 +27,7 @@ PHASES: Final[dict[str, tuple[str, ...]]] = {
     "pin": ("MoveRequest", "Begin", "Pin", "Pinned", "Renew"),
     "reserve": ("Fetch", "Reserved", "Refused", "Promised"),
     "copy": (
-        *("StartCopy", "CopyDone", "Push", "Pushed", "Fence", "Fenced", "Stop", "Stopped"),
+        *("StartCopy", "CopyDone", "CopyMoved", "Push", "Moved", "Pushed", "Fence", "Fenced", "Stop", "Stopped"),
         *("AbortCopy", "CopyStopped", "Suspect", "PeerGone", "CloseWindow", "WindowClosed"),
     ),
     "commit": ("Committed", "Retain", "Decide"),

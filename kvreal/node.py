@@ -30,7 +30,7 @@ from kvreal.journal import Journal
 from kvreal.memory import Memory
 from kvreal.network import Network
 from kvreal.transfer import Transfer
-from kvreal.transfer.job import Copy, Ended, Fate, WindowShut
+from kvreal.transfer.job import Copy, Ended, Fate, Progress, WindowShut
 
 FORWARDED: Final = frozenset({"settle", "start", "finished", "registered", "register_refused"})
 """Notes that the runner waits for."""
@@ -230,8 +230,11 @@ class Node:
             effect = msgspec.structs.replace(effect, lens=tuple([-(-n // block) * block for n in effect.lens]))
         config = self.built.config
         self.parts.transfer.start(
-            Copy(effect, endpoint, self.epoch, self._bytes_per_token(), config.copy_max_ns, self._fate(effect))
-        )
+            Copy(
+                effect, endpoint, self.epoch, self._bytes_per_token(), config.copy_max_ns, self._fate(effect),
+                config.progress_ns,
+            )
+        )  # fmt: skip
 
     def _start_task(self, effect: Any) -> None:
         fate = self._fate(effect)
@@ -268,6 +271,8 @@ class Node:
         for item in self.parts.transfer.take():
             if isinstance(item, WindowShut):
                 self.offer(m.WindowClosed(item.peer, item.epoch))
+            elif isinstance(item, Progress):
+                self.offer(m.CopyMoved(item.rid, item.num_tokens))
             else:
                 self._copy_ended(item)
         for result in self.parts.engine.take():

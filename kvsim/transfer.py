@@ -11,7 +11,7 @@ from __future__ import annotations
 from math import ceil
 from typing import TYPE_CHECKING, Any, Dict, Final, List, Optional, Tuple, final
 
-from kvcore.protocol.machine import CopyDone, CopyStopped, StartCopy, WindowClosed
+from kvcore.protocol.machine import CopyDone, CopyMoved, CopyStopped, StartCopy, WindowClosed
 from kvcore.protocol.messages import Rid
 from kvcore.scenario.faults import CopyFate
 from kvcore.scenario.topology import kind_of
@@ -52,6 +52,7 @@ class Transfer:
         "peer",
         "queue_ns",
         "start_ns",
+        "told",
     )
 
     def __init__(self, owner: Node, peer: Node, effect: StartCopy, nbytes: int, start_ns: int) -> None:
@@ -67,6 +68,7 @@ class Transfer:
         self.fate: Optional[CopyFate] = None
         self.fid: int = 0  # 0: no bytes are moving
         self.crossed: float = 0.0  # the fraction of the bytes that earlier flows of this copy have carried
+        self.told: int = 0  # how many tokens it was last said to have moved
         self.ended: bool = False
         self.knocking: bool = False  # its peer is stopped, and cannot let it in
         self.before: Optional[Transfer] = None  # of the same move: its bytes cross first
@@ -100,6 +102,7 @@ class Transfers:
         self.count: int = 0
         self.bytes: int = 0
         self.watching: bool = False
+        self.telling: bool = False
         self.met: Dict[Tuple[str, int, str, int], None] = {}  # processes that have had a copy with another
 
     # ---- effects ----------------------------------------------------------------------------------------------------
@@ -113,6 +116,9 @@ class Transfers:
         if not self.watching:
             self.watching = True
             cluster.loop.at(at_ns + cluster.copy_max_ns, self._watch)
+        if not self.telling:
+            self.telling = True
+            cluster.loop.at(at_ns + cluster.progress_ns, self._tell)
         fate: Optional[CopyFate] = None
         if cluster.plan_active:
             fate = transfer.fate = cluster.plan.copy(cluster.loop.now_ns, owner.name, effect)
@@ -359,6 +365,25 @@ class Transfers:
             transfer.owner.memory.slots[effect.location][effect.slots[index]] = TORN
         else:
             transfer.peer.memory.slots[effect.peer_location][effect.peer_slots[index]] = TORN
+
+    def _tell(self, _: Any, __: Any) -> None:
+        """How far copies are that have run for a while: one alarm for all of them."""
+        cluster = self.cluster
+        now = cluster.loop.now_ns
+        for transfer in list(self.active.values()):
+            if transfer.start_ns + cluster.progress_ns > now:
+                break
+            if not transfer.ended and not transfer.owner.paused:
+                here = transfer.crossed
+                if transfer.fid:
+                    here += (1.0 - here) * cluster.fabric.progress(transfer.fid)
+                num_tokens = int(here * sum(transfer.effect.lens))
+                if num_tokens > transfer.told:
+                    transfer.told = num_tokens
+                    transfer.owner.on_arrival(CopyMoved(transfer.effect.rid, num_tokens), None)
+        self.telling = bool(self.active)
+        if self.telling:
+            cluster.loop.at(now + cluster.progress_ns, self._tell)
 
     def _watch(self, _: Any, __: Any) -> None:
         """Every copy ends within copy_max: one alarm, for the oldest."""

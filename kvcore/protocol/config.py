@@ -78,6 +78,7 @@ class Config(msgspec.Struct, frozen=True, gc=False, forbid_unknown_fields=True, 
     dead_ns: int = 5 * S
     release_give_up_ns: int = 11 * S
     copy_max_ns: int = 60 * S
+    progress_ns: int = 200 * MS
     deadline_ns: int = 120 * S
     hold_ns: int = 600 * S
     events_kept_ns: int = 3600 * S

@@ -83,6 +83,9 @@ class Event:
         self.reserved: List[int] = []
         #: how many chunks each destination shows already, of a move that goes in steps
         self.shown: List[int] = []
+        #: of how many tokens each has the bytes by now, and how many of them this move has brought: newest word
+        self.here: List[int] = []
+        self.moved: List[int] = []
         self.committed: List[int] = []
         self.stamps: List[int] = []
         self.released: List[Optional[SourceOutcome]] = []
@@ -97,6 +100,11 @@ class Event:
         self.keep: bool = request.copy
         #: found decided in the journal: no Release before every retention has been confirmed, or given up (H36)
         self.confirming: bool = False
+
+    def arrived(self) -> int:
+        """Of how many of its tokens every destination has the bytes, as far as it has said so."""
+        ranks = zip(self.here, self.committed)
+        return min([self.num_tokens if n >= 0 else min(here, self.num_tokens) for here, n in ranks], default=0)
 
 
 @final
@@ -163,6 +171,8 @@ class Coordinator:
         event.pinned_ns = [0] * ranks
         event.reserved = [-1] * ranks
         event.shown = [0] * ranks
+        event.here = [0] * ranks
+        event.moved = [0] * ranks
         event.committed = [-1] * ranks
         event.stamps = [0] * ranks
         event.released = [None] * ranks
@@ -351,6 +361,8 @@ class Coordinator:
             if r < 0:
                 return
             event.shown[r] = max(m.shown, event.shown[r])
+            event.here[r] = max(m.here, event.here[r])
+            event.moved[r] = max(m.moved, event.moved[r])
             if event.reserved[r] < 0:
                 event.reserved[r] = m.n
                 self._all_reserved(now, event, out)
@@ -639,7 +651,10 @@ class Coordinator:
         event = self.events.get(number)
         if event is not None:
             tokens = event.num_tokens if event.state in (COPYING, RELEASING) else 0
-            return Answer(op, event.state, tokens, number, event.reason, event.detail, event.n, via=event.via)
+            here = event.arrived() if event.state == COPYING else 0
+            return Answer(
+                op, event.state, tokens, number, event.reason, event.detail, event.n, via=event.via, here=here
+            )
         outcome = self.ended.get(number)
         if outcome is None:
             return Answer(op, "refused", 0, number, "unknown_event")

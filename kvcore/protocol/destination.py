@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Dict, List, Optional, Tuple, final
 
 from kvcore.protocol.config import Config
-from kvcore.protocol.machine import AbortCopy, CopyDone, Effect, Note, Send, StartCopy, Timers
+from kvcore.protocol.machine import AbortCopy, CopyDone, CopyMoved, Effect, Note, Send, StartCopy, Timers
 from kvcore.protocol.messages import (
     NO_ID,
     Committed,
@@ -15,6 +15,7 @@ from kvcore.protocol.messages import (
     Fetch,
     Inc,
     Key,
+    Moved,
     Pid,
     Push,
     Pushed,
@@ -39,6 +40,8 @@ class Part:
         self.rid: Rid = rid
         self.start: int = start
         self.end: int = end
+        #: how many tokens of it have come, as last heard
+        self.moved: int = 0
         self.copied: bool = False
         self.good: bool = False
         self.fence: Optional[bool] = None
@@ -74,6 +77,9 @@ class Reservation:
         self.newest: Rid = NO_ID
         #: keys[:shown] are visible
         self.shown: int = 0
+        #: tokens of keys that were here before, tokens that parts which are shown have brought
+        self.before: int = sum([self.lens[i] for i in self.present]) if self.present else 0
+        self.brought: int = 0
         self.src: str = m.src
         self.src_epoch: int = m.src_epoch
         self.src_location: str = m.src_location
@@ -239,7 +245,8 @@ class Destination:
         self._advance(now, r, out)
 
     def _reserved(self, controller: str, r: Reservation) -> Send:
-        return Send(controller, Reserved(r.event, r.pool.inc, len(r.keys), r.shown))
+        moved = r.brought + sum([part.moved for part in r.parts])
+        return Send(controller, Reserved(r.event, r.pool.inc, len(r.keys), r.shown, r.before + moved, moved))
 
     def _begin_parts(self, r: Reservation, out: List[Effect]) -> None:
         """Begin as many as may be under way. One whose chunks are all here is good at once."""
@@ -265,6 +272,7 @@ class Destination:
             if part.end == len(r.keys):
                 self._commit(now, r, out)
                 return
+            r.brought += part.moved
             self._show(now, r, part)
             self._begin_parts(r, out)
         if r.shown > shown:
@@ -308,6 +316,27 @@ class Destination:
         r.stamp = max(stamp, r.stamp) if incarnation == r.incarnation else stamp
         r.incarnation = incarnation
 
+    # ---- the bytes are on their way
+    def on_moved(self, now: int, src: str, m: Moved, out: List[Effect]) -> None:
+        self._moved(m.rid, m.num_tokens, out)
+
+    def on_copy_moved(self, item: CopyMoved, out: List[Effect]) -> None:
+        self._moved(item.rid, item.num_tokens, out)
+
+    def _moved(self, rid: Rid, num_tokens: int, out: List[Effect]) -> None:
+        r = self.by_rid.get(rid)
+        if r is not None:
+            part = r.part(rid)
+            if num_tokens > part.moved and not part.copied:
+                part.moved = num_tokens
+                out.append(self._reserved(r.controller, r))
+
+    def _arrived(self, r: Reservation, part: Part) -> None:
+        part.copied = True
+        if r.step < len(r.keys):  # else whoever looks sees the end next
+            own = r.own
+            part.moved = sum([r.lens[i] for i in range(part.start, part.end) if own[i] >= 0])
+
     # ---- the bytes have arrived, or will not
     def on_copy_done(self, now: int, item: CopyDone, out: List[Effect]) -> None:
         rules = self.config.rules
@@ -317,7 +346,7 @@ class Destination:
             return
         part = r.part(item.rid)
         r.via, r.chosen = item.via, item.chosen
-        part.copied = True
+        self._arrived(r, part)
         if not item.ok:
             self._refuse(now, r, "copy_failed", out, item.why)
         elif not rules.h09:
@@ -364,7 +393,7 @@ class Destination:
             self.end_quarantine(m.rid)
             return
         part = r.part(m.rid) if m.rid in self.by_rid else r.parts[0]
-        part.copied = True
+        self._arrived(r, part)
         if m.ok:
             r.via, r.chosen = m.via, m.chosen
             self._good(now, r, part, out)

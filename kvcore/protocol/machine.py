@@ -8,7 +8,8 @@
 * Effects are carried out **in order**; a ``Journal`` is durable before anything that follows it is carried out.
   A driver may carry an effect out twice after a restart: each is idempotent at its receiver.
 * Every asynchronous effect has one family of answering inputs:
-  StartCopy -> CopyDone | CopyStopped;  AbortCopy -> CopyStopped (or the CopyDone that won the race);
+  StartCopy -> CopyDone | CopyStopped (and until then CopyMoved, every progress_ns);
+  AbortCopy -> CopyStopped (or the CopyDone that won the race);
   StartFill -> FillDone;  StartRead -> ReadDone;  CloseWindow -> WindowClosed.
 * What the driver promises about bytes: CopyDone(ok) only after the last byte; after CopyStopped, CopyDone or
   WindowClosed nothing lands any more; a write addressed to an old epoch never lands; every copy ends (done or stopped).
@@ -136,6 +137,13 @@ class CopyDone(Record, frozen=True, gc=False):
     chosen: str = ""
 
 
+class CopyMoved(Record, frozen=True, gc=False):
+    """So many tokens' bytes of a copy that runs have crossed. For people only: nothing depends on it."""
+
+    rid: Rid
+    num_tokens: int
+
+
 class CopyStopped(Record, frozen=True, gc=False):
     rid: Rid
 
@@ -165,7 +173,7 @@ class Command(Record, frozen=True, gc=False):
 
 
 Input = Union[
-    Boot, Received, TimerFired, CopyDone, CopyStopped, FillDone, ReadDone, WindowClosed, Command
+    Boot, Received, TimerFired, CopyDone, CopyMoved, CopyStopped, FillDone, ReadDone, WindowClosed, Command
 ]
 
 

@@ -242,12 +242,18 @@ class Fetch(Message, frozen=True, gc=False):
 
 
 class Reserved(Message, frozen=True, gc=False):
-    """destination -> controller. ``shown``: keys[:shown] are visible here already (a move that goes in steps)."""
+    """destination -> controller. ``shown``: keys[:shown] are visible here already (a move that goes in steps).
+
+    ``here``: of how many tokens of keys[:n] the bytes are here by now, ``moved`` of them by this move's copies. It may
+    lag, and is for people only.
+    """
 
     event: int
     inc: Inc
     n: int
     shown: int = 0
+    here: int = 0
+    moved: int = 0
 
 
 class Committed(Message, frozen=True, gc=False):
@@ -342,6 +348,13 @@ class Push(Message, frozen=True, gc=False):
     terms: Optional[Terms] = None
     after: Rid = NO_ID
     """Its bytes go behind those of that reservation, if it is still being written."""
+
+
+class Moved(Message, frozen=True, gc=False):
+    """source -> destination: so far a push has come, in tokens. For people only, and nobody asks for it again."""
+
+    rid: Rid
+    num_tokens: int
 
 
 class Pushed(Message, frozen=True, gc=False):
@@ -514,12 +527,14 @@ class Answer(Message, frozen=True, gc=False):
     source: Tuple[SourceOutcome, ...] = ()
     found: Tuple[Found, ...] = ()
     via: str = ""
+    here: int = 0
+    """Of a move that copies: of how many of its tokens the bytes are at the destination by now, at every rank."""
 
 
 Wire = Union[
     Register, Registered, RegisterRefused, Probe, Alive, Expelled, Beat, Delta, Resync, Snap, Suspect, PeerGone,
     Pin, Pinned, Renew, Fetch, Reserved, Committed, Retain, Refused, End, Release, Released,
-    Fence, Fenced, Push, Pushed, Stop, Stopped,
+    Fence, Fenced, Push, Moved, Pushed, Stop, Stopped,
     Hold, Held, Unhold, Clear, Cleared,
     MoveRequest, LookupRequest, PinRequest, UnpinRequest, ClearRequest, CancelRequest, StatusRequest,
     StoreRequest, UseRequest, Answer,

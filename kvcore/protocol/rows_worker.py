@@ -87,6 +87,8 @@ def _writer() -> None:
     row("writing", "Push: again", "ignored: it runs", "", "h13")
     row("none", "Stop", "raise the mark; nothing runs", "", "h13c", "Stopped")
     row("writing", "Stop", "raise the mark, stop it; its end answers", "", "h12", "AbortCopy")
+    row("writing", "CopyMoved", "say how far it is", "", "", "Moved")
+    row("none", "CopyMoved", "ignored: it is over")
     row("writing", "CopyDone", "good, if the pin is still alive", "none", "h09", "Pushed")
     row("writing", "CopyDone: failed", "say so", "none", "", "Pushed")
     row("writing", "CopyStopped", "say so", "none", "h12", "Stopped")
@@ -118,6 +120,9 @@ def _destination() -> None:
         "Fence")
     row("copying", "CopyDone: of a step, failed", "stop the other steps, free what nothing writes into, refuse:"
         " copy_failed", "none", "h12", "AbortCopy Refused")
+    row("copying", "CopyMoved", "say how far it is", "", "", "Reserved")
+    row("copying", "Moved", "say how far it is", "", "", "Reserved")
+    row("none, fencing, retained", "CopyMoved, Moved", "ignored: all of it is here, or nothing will be")
     row("copying", "CopyDone: failed", "free its slots, refuse: copy_failed", "none", "", "Refused")
     row("copying", "CopyDone, CopyStopped, Pushed, Stopped: of another reservation",
         "only that one's quarantine ends", "", "h14")

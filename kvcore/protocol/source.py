@@ -9,12 +9,13 @@ from __future__ import annotations
 from typing import Dict, List, Tuple, Union, final
 
 from kvcore.protocol.config import Config
-from kvcore.protocol.machine import AbortCopy, CopyDone, CopyStopped, Effect, Note, Send, StartCopy, Timers
+from kvcore.protocol.machine import AbortCopy, CopyDone, CopyMoved, CopyStopped, Effect, Note, Send, StartCopy, Timers
 from kvcore.protocol.messages import (
     NO_ID,
     Fence,
     Fenced,
     Key,
+    Moved,
     Pid,
     Pin,
     Pinned,
@@ -222,6 +223,13 @@ class Source:
             out.append(AbortCopy(m.rid))  # its end answers
         else:
             out.append(Send(src, Stopped(m.rid)))
+
+    def on_copy_moved(self, item: CopyMoved, out: List[Effect]) -> bool:
+        """True if ``item`` is of a writer of mine."""
+        writer = self.writers.get(item.rid)
+        if writer is not None:
+            out.append(Send(writer.dst, Moved(item.rid, item.num_tokens)))
+        return writer is not None
 
     def writer_ended(self, now: int, item: Union[CopyDone, CopyStopped], out: List[Effect]) -> bool:
         """True if ``item`` was the end of a writer of mine."""

@@ -16,6 +16,7 @@ from kvcore.protocol.machine import (
     CloseWindow,
     Command,
     CopyDone,
+    CopyMoved,
     CopyStopped,
     Effect,
     FillDone,
@@ -42,6 +43,7 @@ from kvcore.protocol.messages import (
     Fetch,
     Hold,
     LocationSeq,
+    Moved,
     PeerGone,
     Pin,
     Probe,
@@ -113,6 +115,7 @@ class Worker(Machine):
             Retain: destination.on_retain,
             End: destination.on_end,
             Fenced: destination.on_fenced,
+            Moved: destination.on_moved,
             Pushed: destination.on_pushed,
             Stopped: destination.on_stopped,
             Hold: engine.on_hold,
@@ -132,6 +135,7 @@ class Worker(Machine):
         self.on_input = {
             Boot: self.on_boot,
             CopyDone: self.on_copy_done,
+            CopyMoved: self.on_copy_moved,
             CopyStopped: self.on_copy_stopped,
             FillDone: engine.on_fill_done,
             ReadDone: engine.on_read_done,
@@ -282,6 +286,10 @@ class Worker(Machine):
     def on_copy_done(self, now: int, item: CopyDone, out: List[Effect]) -> None:
         if not self.source.writer_ended(now, item, out):
             self.destination.on_copy_done(now, item, out)
+
+    def on_copy_moved(self, now: int, item: CopyMoved, out: List[Effect]) -> None:
+        if not self.source.on_copy_moved(item, out):
+            self.destination.on_copy_moved(item, out)
 
     def on_copy_stopped(self, now: int, item: CopyStopped, out: List[Effect]) -> None:
         if not self.source.writer_ended(now, item, out):

@@ -11,8 +11,10 @@ from kvcore.protocol.messages import (
     Committed,
     End,
     Expelled,
+    Fenced,
     Fetch,
     Pin,
+    Pushed,
     Registered,
     Reserved,
     Retain,
@@ -121,7 +123,7 @@ def _committed(c: Checker, s: Scene, event: int, retention: Retention, effects: 
 def watch_shown(c: Checker, s: Scene, effects: Sequence[Effect]) -> None:
     """Truth: when a destination says for the first time that a prefix is visible, it is. (Said again, on being asked
     again, it may have been taken away by another move meanwhile; the next step puts it back.)"""
-    if isinstance(s.message, (Fetch, Retain)):
+    if not isinstance(s.message, (Fenced, Pushed)):
         return
     for effect in effects:
         m = effect.msg if type(effect) is Send else None

@@ -70,6 +70,7 @@ class Constants(Part, frozen=True, kw_only=True):
     dead: Optional[Duration] = None
     release_give_up: Optional[Duration] = None
     copy_max: Optional[Duration] = None
+    progress: Optional[Duration] = None
     deadline: Optional[Duration] = None
     hold: Optional[Duration] = None
     events_kept_for: Optional[Duration] = None

@@ -80,7 +80,7 @@ def move(
             line = f"{event_id}: {output.plural(num_tokens, 'token')}"
             asking.show({"num_tokens": num_tokens, "event_id": event_id}, json_out, line)
             return
-        event = asking.until_ended(client, event_id, follow=everything and not json_out)
+        event = asking.until_ended(client, event_id, follow=not json_out)
         asking.show(event, json_out, "\n".join(asking.event_details(event)))
         if event["state"] != "done" or not event["num_tokens"]:
             raise typer.Exit(FAILED)

@@ -206,8 +206,9 @@ class EventLog:
             record.drain = self.machine.drains.open.get(record.number)
         if event is not None:
             record.enter(event.state, now)
-        if record.told != record.state or record.kind != "move":
-            record.told = record.state
+        moved = sum(event.here) if event is not None and record.state == "copying" else 0
+        if record.told != (record.state, moved) or record.kind != "move":
+            record.told = (record.state, moved)
             if self.streams:  # a view is for somebody to look at: a move comes through here at each of its steps
                 self._tell("event", self.view(record, False))
         if self.streams and record.parent in self.records:

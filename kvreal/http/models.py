@@ -267,16 +267,22 @@ class ChunkOutcome(Reply, frozen=True):
     source: str
 
 
-class Progress(Reply, frozen=True):
-    chains: int
-    chains_begun: int
+class Progress(Reply, frozen=True, kw_only=True):
+    """How far a drain is, or a move that copies. `moved_tokens`: of as many the bytes are at the destination, as its
+    slowest rank has said last (five times a second); `moved_chunks`: so many whole chunks are that;
+    `visible_tokens`: so many are found there already, where a move goes prefix by prefix."""
+
     planned_tokens: int
     moved_tokens: int
+    moved_chunks: int | UnsetType = UNSET
+    visible_tokens: int | UnsetType = UNSET
+    chains: int | UnsetType = UNSET
+    chains_begun: int | UnsetType = UNSET
 
 
 class EventView(Reply, frozen=True, kw_only=True, omit_defaults=True):
-    """`state`: pinning, reserving, copying, releasing, done or failed; held for a pin that lives. Of a drain, `bytes`,
-    `transport` and `phases_s` are its children's, all together, as they end."""
+    """`state`: pinning, reserving, copying, releasing, done or failed; held for a pin that lives. `bytes`: copied so
+    far. Of a drain, `bytes`, `transport` and `phases_s` are its children's, all together, as they end."""
 
     event_id: str
     kind: str

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
+from itertools import accumulate
 from typing import Dict, Final, List, Optional, Sequence, Set, Tuple
 
 import msgspec
@@ -70,7 +72,7 @@ class Record:
         self.lens: Tuple[int, ...] = ()
         self.decided_n: int = 0
         #: what the stream was last told
-        self.told: str = ""
+        self.told: Tuple[str, int] = ("", 0)
         #: once it has ended: without ranks and chunks, and all of it (JSON, compressed)
         self.frozen: Optional[EventView] = None
         self.whole: bytes = b""
@@ -116,7 +118,7 @@ def view_of(record: Record, full: bool, expires_in_s: Optional[float]) -> EventV
         idempotency_key=(request.idem if request is not None else "") or UNSET,
         parent=event_name(record.parent) if record.parent else UNSET,
         expires_in_s=UNSET if expires_in_s is None else expires_in_s,
-        progress=_progress(drain) if drain is not None else UNSET,
+        progress=_progress(record, drain),
         children=[event_name(child) for child in record.children] if full and record.many else UNSET,
         ranks=ranks if full and record.kind == "move" else UNSET,
         chunks=_chunks(record) if full and record.kind == "move" else UNSET,
@@ -159,8 +161,25 @@ def _phases(record: Record) -> Dict[str, float]:
     return {name: (times[i + 1][1] - t) / 1e9 for i, (name, t) in enumerate(times[:-1])}
 
 
-def _progress(drain: Drain) -> Progress:
-    return Progress(len(drain.chains), drain.next, drain.num_tokens(), sum(drain.moved.values()))
+def _progress(record: Record, drain: Optional[Drain]) -> Progress | UnsetType:
+    if drain is not None:
+        return Progress(
+            planned_tokens=drain.num_tokens(),
+            moved_tokens=sum(drain.moved.values()),
+            chains=len(drain.chains),
+            chains_begun=drain.next,
+        )
+    event = record.event
+    if event is None or event.state != "copying" or record.outcome is not None:
+        return UNSET
+    arrived = event.arrived()
+    step = record.request.step if record.request is not None else 0
+    return Progress(
+        planned_tokens=event.num_tokens,
+        moved_tokens=arrived,
+        moved_chunks=bisect_right(list(accumulate(record.lens[: event.n])), arrived),
+        visible_tokens=sum(record.lens[: min(event.shown)]) if step else UNSET,
+    )
 
 
 def _n(record: Record) -> int:
@@ -190,7 +209,10 @@ def _ranks(record: Record) -> List[RankOutcome]:
         there = set(present)
         size = record.bytes_per_token[r] if r < len(record.bytes_per_token) else 0
         block = record.block_tokens
-        copied = sum(-(-n // block) * block for i, n in enumerate(record.lens[:committed]) if i not in there) * size
+        if committed or event.state != "copying":
+            copied = sum(-(-n // block) * block for i, n in enumerate(record.lens[:committed]) if i not in there) * size
+        else:
+            copied = event.moved[r] * size
         found.append(
             RankOutcome(
                 rank=r,
@@ -305,8 +327,10 @@ def together(name: str, views: Sequence[EventView]) -> EventView:
         duration_s=ended - begun if isinstance(begun, float) and isinstance(ended, float) else UNSET,
         phases_s=totals.phases_s or UNSET,
         progress=Progress(
-            sum(step.chains for step in steps), sum(step.chains_begun for step in steps),
-            sum(step.planned_tokens for step in steps), sum(step.moved_tokens for step in steps),
+            planned_tokens=sum(step.planned_tokens for step in steps),
+            moved_tokens=sum(step.moved_tokens for step in steps),
+            chains=sum(step.chains for step in steps if isinstance(step.chains, int)),
+            chains_begun=sum(step.chains_begun for step in steps if isinstance(step.chains_begun, int)),
         )
         if steps
         else UNSET,

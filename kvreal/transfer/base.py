@@ -4,7 +4,7 @@
     transfer.abort(rid)              ends as stopped, once its writer is known to have stopped (or done, if it won)
     transfer.close_window(peer, e)   answered when nothing of process (peer, e) can land here any more
     transfer.fileno()                readable when ``take()`` has something
-    transfer.take()                  [Ended | WindowShut]
+    transfer.take()                  [Ended | Progress | WindowShut]
 
 Which transport carries a copy is chosen for each: the first in ``carriers`` that both ends have and that reaches both
 locations. Injected fates (fail, corrupt, stuck, slow, a fraction) are carried out here, alike for every transport.
@@ -36,7 +36,7 @@ from kvreal.transfer.carrier import Carrier, Link
 from kvreal.transfer.choice import choose
 from kvreal.transfer.flow import BATCH_BYTES, Flow
 from kvreal.transfer.frames import TransferError
-from kvreal.transfer.job import Copy, Ended, Job, Stopped, WindowShut
+from kvreal.transfer.job import Copy, Ended, Job, Progress, Stopped, WindowShut
 from kvreal.transfer.line import Endpoint, Line, Lines, dial, parse, unix_name
 from kvreal.transfer.window import OVER, WRONG, Grant, Hello, Window, WindowServer, hang_up
 from kvreal.transfer.workers import Workers
@@ -62,7 +62,7 @@ class Transfer:
         self.jobs: Dict[Rid, Job] = {}
         self.greeting: List[str] = []
         self.closing: List[Tuple[str, int]] = []
-        self.results: Deque[Union[Ended, WindowShut]] = deque()
+        self.results: Deque[Union[Ended, Progress, WindowShut]] = deque()
         self.checksums: Mode = "off"
         self.mismatches: int = 0
         """Copies whose bytes were wrong, as sums have found."""
@@ -193,23 +193,28 @@ class Transfer:
             job.stop()
         self._check_closing()
 
-    def take(self) -> List[Union[Ended, WindowShut]]:
-        """What has ended since the last call."""
+    def take(self) -> List[Union[Ended, Progress, WindowShut]]:
+        """What has ended, or come further, since the last call."""
         with contextlib.suppress(BlockingIOError):
             os.eventfd_read(self.wake)
-        found: List[Union[Ended, WindowShut]] = []
+        found: List[Union[Ended, Progress, WindowShut]] = []
         while self.results:
             found.append(self.results.popleft())
         return found
 
     def next_deadline(self) -> Optional[int]:
         with self.lock:
-            return min((job.deadline_ns for job in self.jobs.values() if not job.expired), default=None)
+            jobs = [job for job in self.jobs.values() if not job.expired]
+            return min([min(job.tell_ns, job.deadline_ns) for job in jobs], default=None)
 
     def expire(self, now: int) -> None:
-        """Every copy ends within copy_max_ns: tell those to stop whose time is up. They end as failed."""
+        """Every copy ends within copy_max_ns: tell those to stop whose time is up. They end as failed. And say how far
+        the others are."""
         with self.lock:
+            told = [found for job in self.jobs.values() if (found := job.progress(now)) is not None]
             late = [job for job in self.jobs.values() if job.deadline_ns <= now and not job.expired]
+        for item in told:
+            self._report(item)
         for job in late:
             job.expired = True
             job.stop()
@@ -553,7 +558,7 @@ class Transfer:
         self.lines.give(link.line)
 
     # ---- ends
-    def _report(self, item: Union[Ended, WindowShut]) -> None:
+    def _report(self, item: Union[Ended, Progress, WindowShut]) -> None:
         self.results.append(item)
         os.eventfd_write(self.wake, 1)
 

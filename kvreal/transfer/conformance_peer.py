@@ -88,7 +88,7 @@ def main(transport: str) -> None:
     from kvreal.memory import Memory
     from kvreal.store import DiskError
     from kvreal.transfer import make
-    from kvreal.transfer.job import Copy, Fate
+    from kvreal.transfer.job import Copy, Fate, Progress
 
     arena = os.environ.get("KVMOVE_ARENA", "")
     memory = Memory(arena=arena)
@@ -101,7 +101,7 @@ def main(transport: str) -> None:
         while not found and time.monotonic() < until:
             select.select([mover.fileno()], [], [], max(0.0, until - time.monotonic()))
             mover.expire(time.monotonic_ns())
-            found = mover.take()
+            found = [item for item in mover.take() if not isinstance(item, Progress)]
         return [
             {"what": type(item).__name__, **{f: getattr(item, f) for f in item.__struct_fields__}} for item in found
         ]

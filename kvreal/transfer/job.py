@@ -33,6 +33,7 @@ class Copy(msgspec.Struct, frozen=True):
     bytes_per_token: int
     copy_max_ns: int
     fate: Fate = Fate()
+    progress_ns: int = 200_000_000
 
 
 class Ended(msgspec.Struct, frozen=True):
@@ -50,6 +51,13 @@ class Ended(msgspec.Struct, frozen=True):
     ended_ns: int
     chosen: str = ""
     """Why that transport, in one line."""
+
+
+class Progress(msgspec.Struct, frozen=True):
+    """Of a copy that runs: of so many tokens the bytes have crossed."""
+
+    rid: Rid
+    num_tokens: int
 
 
 class WindowShut(msgspec.Struct, frozen=True):
@@ -78,6 +86,9 @@ class Job:
         self.deadline_ns: int = self.asked_ns + copy.copy_max_ns
         self.aborted: threading.Event = threading.Event()
         self.expired: bool = False
+        self.tell_ns: int = self.asked_ns + copy.progress_ns
+        """When to say next how far it is."""
+        self.told: int = 0
         self.lock: threading.Lock = threading.Lock()
         self.wake: Optional[Callable[[], None]] = None
         self.moved: int = 0
@@ -95,6 +106,18 @@ class Job:
         sizes = ints(effect.lens) * copy.bytes_per_token
         self.spans: Spans = Spans(effect.slots, effect.peer_slots, sizes).first(copy.fate.fraction)
         self.nbytes: int = self.spans.nbytes
+
+    def progress(self, now: int) -> Optional[Progress]:
+        """How far it is, if that is to be said by now and has not been."""
+        if now < self.tell_ns:
+            return None
+        self.tell_ns = now + self.copy.progress_ns
+        effect = self.copy.effect
+        num_tokens = self.moved * sum(effect.lens) // self.nbytes if self.nbytes else 0
+        if num_tokens <= self.told:
+            return None
+        self.told = num_tokens
+        return Progress(effect.rid, num_tokens)
 
     def woken_by(self, wake: Optional[Callable[[], None]]) -> None:
         """Once this returns, an earlier one is not called any more: what it wakes may be used by others."""

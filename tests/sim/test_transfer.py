@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import msgspec
 import pytest
 
 from kvcore.protocol.config import Config
-from kvcore.protocol.machine import AbortCopy, CloseWindow, CopyDone, CopyStopped, StartCopy, WindowClosed
+from kvcore.protocol.machine import AbortCopy, CloseWindow, CopyDone, CopyStopped, Received, StartCopy, WindowClosed
+from kvcore.protocol.messages import Reserved
 from kvcore.scenario.build import build
+from kvcore.scenario.history import read
 from kvcore.scenario.loader import loads
 from kvcore.scenario.schema import CopyFault, Fault, When
 from kvsim.run import run
@@ -325,3 +329,31 @@ steps:
     result = run(build(loads(text, "capped")))
     copies = {phases.op: phases.copy_ns for phases in result.phases}
     assert copies["free"] < 500_000_000 < 1_000_000_000 <= copies["capped"] < 1_010_000_000
+
+
+@pytest.mark.parametrize("direction", ["read", "push"])
+@pytest.mark.parametrize("granularity", ["move", "prefix"])
+def test_a_long_move_says_how_far_it_is(tmp_path: Path, direction: str, granularity: str) -> None:
+    scenario = loads(
+        f"""
+        name: far
+        about: A second of copying.
+        kv: {{bytes_per_token: 1 MiB, chunk: 16 tokens, direction: {direction}}}
+        instances:
+          a: {{locations: {{cpu: 256 MiB}}}}
+          b: {{locations: {{cpu: 256 MiB}}}}
+        network: {{links: {{a-b: {{bandwidth: 128 MiB/s, latency: 1 ms}}}}}}
+        steps:
+          - store: {{at: a/cpu, prompt: p, tokens: 128}}
+          - move: {{from: a/cpu, to: b/cpu, prompt: p, granularity: {granularity}, as: m, background: true}}
+          - sleep: 500 ms
+          - status: {{op: m, as: half}}
+        """
+    )
+    path = tmp_path / "far.jsonl"
+    result = run(build(scenario), history=path)
+    assert not result.violations
+    inputs = [line.input for line in read(path)[1] if line.node == "ctl"]
+    said = [item.msg for item in inputs if isinstance(item, Received) and isinstance(item.msg, Reserved)]
+    here = [message.here for message in said]
+    assert here == sorted(here) and len(here) >= 4 and 48 <= here[-1] <= 128

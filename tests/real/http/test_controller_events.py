@@ -182,6 +182,28 @@ def test_a_move_is_followed_through_every_state() -> None:
     assert [(c.destination, c.source) for c in view.chunks] == [("copied", "deleted")] * 3  # type: ignore[union-attr]
 
 
+def test_a_move_that_copies_says_how_far_it_is_and_whoever_follows_is_told() -> None:
+    play = Play(ranks=2)
+    queue = play.log.open_stream()
+    number = play.begin(step=1)
+    for rank in (0, 1):
+        play.pinned(number, rank)
+        play.hear(f"b{rank}", Reserved(number, play.inc(f"b{rank}"), 3))
+    _all(queue)
+    play.hear("b0", Reserved(number, play.inc("b0"), 3, 1, 9, 5))  # 4 of its 9 were there before
+    view = play.view(number)
+    assert view.progress == b.Progress(planned_tokens=10, moved_tokens=0, moved_chunks=0, visible_tokens=0)
+    play.hear("b1", Reserved(number, play.inc("b1"), 3, 2, 8, 8))
+    play.hear("b1", Reserved(number, play.inc("b1"), 3, 1, 4, 4))  # an older word
+    view = play.view(number)
+    assert (view.state, view.bytes) == ("copying", 130)
+    assert view.progress == b.Progress(planned_tokens=10, moved_tokens=8, moved_chunks=2, visible_tokens=4)
+    assert [what.progress.moved_tokens for _, what in _all(queue)] == [0, 8]
+    for rank in (0, 1):
+        play.committed(number, rank)
+    assert play.view(number).progress is msgspec.UNSET
+
+
 def test_chunks_that_were_there_and_chunks_that_stay_are_told_apart() -> None:
     play = Play(ranks=2)
     number = play.begin()
@@ -281,7 +303,8 @@ def drained(play: Play) -> int:
     play.hear("http/1", MoveRequest("op", ("a", CPU), ("b", CPU)))
     number = min(number for number, record in play.log.records.items() if record.kind == "drain")
     view = play.view(number)
-    assert (view.bytes, view.transport, view.progress) == (0, msgspec.UNSET, b.Progress(2, 1, 10, 0))
+    assert (view.bytes, view.transport) == (0, msgspec.UNSET)
+    assert view.progress == b.Progress(chains=2, chains_begun=1, planned_tokens=10, moved_tokens=0)
     play.pinned(number + 1, slots=(0, 1))
     play.committed(number + 1, n=2)
     play.released(number + 1, deleted=1, kept_at=(0,))
@@ -294,7 +317,7 @@ def test_a_drain_has_what_its_children_have_brought_as_they_end() -> None:
     number = drained(play)
     first, half = play.view(number + 1), play.view(number)
     assert (half.state, half.bytes, half.transport) == ("copying", 80, "tcp")
-    assert half.progress == b.Progress(2, 2, 10, 8)
+    assert half.progress == b.Progress(chains=2, chains_begun=2, planned_tokens=10, moved_tokens=8)
     assert half.phases_s == first.phases_s
     told = [what for kind, what in _all(queue) if kind == "event" and what.event_id == "1-1"]
     assert told[-1].bytes == 80, "whoever follows is told when a child ends"
@@ -303,7 +326,7 @@ def test_a_drain_has_what_its_children_have_brought_as_they_end() -> None:
     play.released(number + 2, deleted=2)
     second, whole = play.view(number + 2), play.view(number)
     assert (whole.state, whole.num_tokens, whole.bytes, whole.transport) == ("done", 10, 100, "tcp")
-    assert whole.progress == b.Progress(2, 2, 10, 10)
+    assert whole.progress == b.Progress(chains=2, chains_begun=2, planned_tokens=10, moved_tokens=10)
     assert isinstance(first.phases_s, dict) and isinstance(second.phases_s, dict) and isinstance(whole.phases_s, dict)
     assert whole.phases_s == {name: took + second.phases_s[name] for name, took in first.phases_s.items()}
     (listed,) = play.log.newest(1, kind="drain")
