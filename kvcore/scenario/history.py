@@ -15,6 +15,7 @@ import msgspec
 
 from kvcore.protocol.machine import Boot, Effect, Input, Machine
 from kvcore.scenario.build import AnySpec, Built, make_machine
+from kvcore.scenario.located import in_words
 from kvcore.scenario.units import dec_hook, enc_hook
 
 VERSION: Final = 1
@@ -151,7 +152,7 @@ def _decoded(decoder: msgspec.json.Decoder[Line], path: Path, number: int, text:
     try:
         return decoder.decode(text)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise HistoryError(f"{path}:{number}: not a line of a history: {error}") from error
+        raise HistoryError(f"{path}:{number}: not a line of a history: {in_words(str(error))}") from error
 
 
 def _read_raw(path: Path, warn: Callable[[str], None]) -> Tuple[Header, Iterator[Tuple[int, bytes]]]:
@@ -165,7 +166,7 @@ def _read_raw(path: Path, warn: Callable[[str], None]) -> Tuple[Header, Iterator
         header = msgspec.json.decode(first, type=Header, dec_hook=dec_hook)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         file.close()
-        what = "it is empty" if not first else str(error)
+        what = "it is empty" if not first else in_words(str(error))
         raise HistoryError(f"{path}:1: not a kvmove history: {what}") from error
     except OSError as error:
         file.close()
@@ -200,7 +201,7 @@ def merge(paths: Sequence[Path], out: Path, header: Header, warn: Callable[[str]
             try:
                 at = place.decode(text)
             except (msgspec.DecodeError, UnicodeDecodeError) as error:
-                raise HistoryError(f"{path}:{number}: not a line of a history: {error}") from error
+                raise HistoryError(f"{path}:{number}: not a line of a history: {in_words(str(error))}") from error
             yield at.t, at.node, text
 
     streams = [placed(path) for path in paths]

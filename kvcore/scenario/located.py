@@ -23,6 +23,7 @@ _TOKEN: Final = re.compile(r"\.(?P<name>\w+)|\[(?P<index>\d+)\]|(?P<some>\[\.\.\
 _UNKNOWN: Final = re.compile(r"Object contains unknown field `(.*)`\Z", re.DOTALL)
 _MISSING: Final = re.compile(r"Object missing required field `(.*)`\Z", re.DOTALL)
 _WRONG: Final = re.compile(r"Expected `(.*)`, got `(.*)`\Z", re.DOTALL)
+_LENGTH: Final = re.compile(r"Expected `array` of length (\d+)(?:, got (\d+))?\Z")
 _ENUM: Final = re.compile(r"Invalid enum value .*\Z", re.DOTALL)
 _WORDS: Final[Dict[str, str]] = {
     "int": "a whole number",
@@ -46,6 +47,24 @@ def convert_as(data: Any, kind: Type[T]) -> Union[T, Mistake]:
         return msgspec.convert(data, kind, dec_hook=dec_hook)
     except msgspec.ValidationError as error:
         return _locate(error, data, kind, ())
+
+
+def in_words(text: str) -> str:
+    """msgspec's own words for people, where there is no file to point into: ``$.a.b`` is then named in front."""
+    match = _AT.search(text)
+    if match:
+        where = match.group(1).removeprefix("$").removeprefix(".")
+        return f"{where}: {in_words(text[: match.start()])}" if where else in_words(text[: match.start()])
+    if match := _UNKNOWN.match(text):
+        return f"unknown field {shown(match.group(1))}"
+    if match := _MISSING.match(text):
+        return f"{match.group(1)} is missing"
+    if match := _LENGTH.match(text):
+        return f"found a list of {match.group(2) or 'another length'}, expected one of {match.group(1)}"
+    if match := _WRONG.match(text):
+        expected = [_WORDS.get(word, word) for word in match.group(1).split(" | ")]
+        return f"found {_WORDS.get(match.group(2), match.group(2))}, expected {' or '.join(expected)}"
+    return " ".join(text.replace("`", "").split())
 
 
 def _locate(error: msgspec.ValidationError, data: Any, kind: Any, path: Path) -> Mistake:
@@ -115,6 +134,9 @@ def _explain(error: msgspec.ValidationError, text: str, data: Any, kind: Any, pa
             fields = f" of {choices(struct.__struct_encode_fields__)}" if struct is not None else ""
             return Mistake(path, f"found nothing, expected {' or '.join(expected)}{fields}")
         return Mistake(path, f"found {shown(data)}, expected {' or '.join(expected)}{quote}")
+    match = _LENGTH.match(text)
+    if match:
+        return Mistake(path, in_words(text))
     if _ENUM.match(text):
         known = [str(value) for value in _literals(kind)]
         if int in _members(kind):

@@ -13,7 +13,7 @@ import msgspec
 from msgspec import field
 
 from kvcore.protocol.links import Cost, Measured, bytes_ns
-from kvcore.scenario.loader import load_data
+from kvcore.scenario.loader import load_as
 from kvcore.scenario.topology import LOCATIONS
 
 __all__ = ["AUTO", "CopyCost", "Made", "Profile", "ProfileError", "load_profile"]
@@ -208,11 +208,10 @@ class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
 
 
 def load_profile(path: Path) -> Profile:
-    """Read a profile from YAML. ProfileError says what is wrong with it; the loader's error that it is no YAML."""
-    data = load_data(path)
+    """Read a profile from YAML. ScenarioError: it is none, with its line; ProfileError: what it says cannot be."""
+    profile = load_as(path, Profile, lambda data: None)
     try:
-        profile = msgspec.convert(data, type=Profile)
         profile.check()
-    except (msgspec.ValidationError, ProfileError) as error:
+    except ProfileError as error:
         raise ProfileError(f"{path}: {error}") from error
     return profile

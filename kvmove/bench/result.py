@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
+from kvcore.scenario.located import in_words
 from kvmove.errors import UserError
 from kvmove.output import size
 
@@ -184,7 +185,7 @@ def read(folder: Path) -> Bench:
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; expected what `kvmove bench --out {folder}` writes") from None
     except msgspec.DecodeError as error:
-        raise UserError(f"{path}: not a result of `kvmove bench`: {error}") from None
+        raise UserError(f"{path}: not a result of `kvmove bench`: {in_words(str(error))}") from None
 
 
 def rows(bench: Bench) -> Iterator[dict[str, Any]]:

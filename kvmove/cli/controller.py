@@ -104,12 +104,13 @@ def controller(
 
 
 def _ports(text: str) -> Ports:
+    from kvcore.scenario.located import in_words
     from kvreal.controller import Ports
 
     try:
         return msgspec.json.decode(text, type=Ports)
     except msgspec.MsgspecError as error:
-        raise UserError(f"--monitor-ports {text}: {error}; expected {DEFAULT_PORTS}") from None
+        raise UserError(f"--monitor-ports {text}: {in_words(str(error))}; expected {DEFAULT_PORTS}") from None
 
 
 def _address(text: str) -> str:

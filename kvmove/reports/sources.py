@@ -7,10 +7,11 @@ import xml.etree.ElementTree as ElementTree
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
+from kvcore.scenario.located import in_words
 from kvmove.bench import result
 from kvmove.bench.result import Bench, Outcome
 from kvmove.errors import UserError
@@ -24,6 +25,21 @@ class Case(msgspec.Struct, frozen=True):
     name: str
     outcome: str
     why: str = ""
+
+
+class WrittenTest(msgspec.Struct, frozen=True):
+    test: str
+    outcome: Literal["passed", "failed", "skipped"]
+    why: str = ""
+    measured: tuple[dict[str, Any], ...] = ()
+
+
+class Written(msgspec.Struct, frozen=True):
+    """What is looked at of the hardware suite's JSON; its machine is another matter."""
+
+    tests: tuple[WrittenTest, ...]
+    command: tuple[str, ...] = ()
+    date: str = ""
 
 
 class Suite(msgspec.Struct, frozen=True):
@@ -151,11 +167,13 @@ def suite(path: Path) -> Suite | None:
         raise UserError(f"{path}: cannot be read: {error}") from None
     if not isinstance(body, dict) or body.get("what") != "kvmove hardware suite":
         return None
-    tests = body.get("tests", [])
-    cases = [_case(one["test"].partition("::")[2], one["outcome"], one["why"]) for one in tests]
-    measured = [row for one in tests for row in one.get("measured", [])]
-    command = shlex.join(body.get("command", []))
-    return Suite(path.name, tuple(cases), command, tuple(measured), body.get("date", ""), _machine(body))
+    try:
+        said = msgspec.convert(body, Written)
+    except msgspec.ValidationError as error:
+        raise UserError(f"{path}: not a result of the hardware suite: {in_words(str(error))}") from None
+    cases = tuple(_case(one.test.partition("::")[2], one.outcome, one.why) for one in said.tests)
+    measured = tuple(row for one in said.tests for row in one.measured)
+    return Suite(path.name, cases, shlex.join(said.command), measured, said.date, _machine(body))
 
 
 def _machine(body: dict[str, Any]) -> Machine | None:

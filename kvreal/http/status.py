@@ -8,6 +8,7 @@ import msgspec
 from msgspec import UNSET
 
 from kvcore.protocol.messages import Answer, event_name
+from kvcore.scenario.located import in_words
 from kvreal.http.models import ErrorReply, MoveReply
 
 REASON_HEADER: Final = "Kvmove-Reason"
@@ -92,11 +93,11 @@ def of_cancel(answer: Answer) -> Reply:
 
 
 def split_error(error: str) -> Tuple[str, str]:
-    """msgspec's words -> (what is wrong, the field): ("Expected `int`, got `str`", "tokens[0]")."""
+    """msgspec's words -> (what is wrong, the field): ("found text, expected a whole number", "tokens[0]")."""
     text, _, path = error.partition(" - at `$")
     field = path.rstrip("`").lstrip(".")
     for word in ("unknown field `", "required field `"):
         if word in text:
             name = text.partition(word)[2].partition("`")[0]
             field = f"{field}.{name}" if field else name
-    return text, field
+    return in_words(text), field

@@ -256,7 +256,7 @@ def test_a_move_that_failed_is_no_measurement() -> None:
         (["--json", "nowhere/at/all.json"], "--json nowhere/at/all.json: there is no directory nowhere/at"),
         (["--seconds", "0"], "seconds"),
         (["--against", "none.yaml"], "none.yaml"),
-        (["--against", "bad.yaml"], "bad.yaml: Object contains unknown field `speed`"),
+        (["--against", "bad.yaml"], "bad.yaml:1:1: speed: unknown field 'speed'"),
         (["--against", "below.yaml"], "below.yaml: service_ns is -1, expected nanoseconds, 0 or more"),
     ],
 )

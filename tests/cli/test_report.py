@@ -399,6 +399,14 @@ def test_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "bench.json: No such file" in refused(capsys, "--diff", str(good), str(empty), *out)
     (empty / "suite.xml").write_text("<a>")
     assert "not a JUnit file" in refused(capsys, str(good), str(empty), *out)
+    (empty / "suite.xml").unlink()
+    for tests, said in (
+        (3, "tests: found a whole number, expected a list"),
+        ([{"outcome": "passed"}], "tests[0]: test is missing"),
+    ):
+        (empty / "suite.json").write_bytes(msgspec.json.encode({**SUITE, "tests": tests}))
+        assert f"suite.json: not a result of the hardware suite: {said}" in refused(capsys, str(empty), *out)
+    (empty / "suite.json").unlink()
     (empty / "suite.xml").write_text(JUNIT)
     (tmp_path / "file").write_text("")
     assert "cannot write the report" in refused(capsys, str(good), "--out", str(tmp_path / "file"))

@@ -463,7 +463,7 @@ def test_prior_art_17_malformed_frames_change_nothing(shared: Cluster) -> None:
     [
         (["--host", "0.0.0.0"], "--host 0.0.0.0: others could reach it"),
         (["--monitor-host", "0.0.0.0"], "--monitor-host 0.0.0.0: others could reach it"),
-        (["--monitor-ports", '{"pul": 1}'], "unknown field `pul`"),
+        (["--monitor-ports", '{"pul": 1}'], "unknown field 'pul'"),
         (["--monitor-ports", "8300"], "--monitor-ports 8300"),
         (["--set", "lease=1 ms"], "lease"),
         (["--set", "leese=1 s"], "--set leese: unknown field 'leese', expected scale, retry"),
