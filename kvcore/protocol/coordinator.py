@@ -81,11 +81,9 @@ class Event:
         #: num_tokens as the clients have been told
         self.promised: int = 0
         self.reserved: List[int] = []
-        #: how many chunks each destination shows already, of a move that goes in steps
-        self.shown: List[int] = []
-        #: of how many tokens each has the bytes by now, and how many of them this move has brought: newest word
-        self.here: List[int] = []
-        self.moved: List[int] = []
+        #: how far destinations were when they last said so: rank -> the most of (chunks that it shows, tokens whose
+        #: bytes are there, those of them that this move has brought)
+        self.progress: Dict[int, Tuple[int, int, int]] = {}
         self.committed: List[int] = []
         self.stamps: List[int] = []
         self.released: List[Optional[SourceOutcome]] = []
@@ -103,8 +101,14 @@ class Event:
 
     def arrived(self) -> int:
         """Of how many of its tokens every destination has the bytes, as far as it has said so."""
-        ranks = zip(self.here, self.committed)
-        return min([self.num_tokens if n >= 0 else min(here, self.num_tokens) for here, n in ranks], default=0)
+        if not self.progress:
+            return 0
+        here = [self.progress[r][1] if r in self.progress else 0 for r, n in enumerate(self.committed) if n < 0]
+        return min([*here, self.num_tokens])
+
+    def shown(self) -> int:
+        """How many chunks every destination shows already, of a move that goes in steps."""
+        return min([self.progress[r][0] if r in self.progress else 0 for r in range(len(self.dst))])
 
 
 @final
@@ -170,9 +174,6 @@ class Coordinator:
         event.slots = [()] * ranks
         event.pinned_ns = [0] * ranks
         event.reserved = [-1] * ranks
-        event.shown = [0] * ranks
-        event.here = [0] * ranks
-        event.moved = [0] * ranks
         event.committed = [-1] * ranks
         event.stamps = [0] * ranks
         event.released = [None] * ranks
@@ -360,9 +361,9 @@ class Coordinator:
             r = self._rank(event, src, m.inc)
             if r < 0:
                 return
-            event.shown[r] = max(m.shown, event.shown[r])
-            event.here[r] = max(m.here, event.here[r])
-            event.moved[r] = max(m.moved, event.moved[r])
+            if m.here:
+                shown, here, moved = event.progress.get(r, (0, 0, 0))
+                event.progress[r] = (max(m.shown, shown), max(m.here, here), max(m.moved, moved))
             if event.reserved[r] < 0:
                 event.reserved[r] = m.n
                 self._all_reserved(now, event, out)

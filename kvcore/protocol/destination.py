@@ -77,9 +77,9 @@ class Reservation:
         self.newest: Rid = NO_ID
         #: keys[:shown] are visible
         self.shown: int = 0
-        #: tokens of keys that were here before, tokens that parts which are shown have brought
+        #: tokens of keys that were here before, tokens that have come
         self.before: int = sum([self.lens[i] for i in self.present]) if self.present else 0
-        self.brought: int = 0
+        self.moved: int = 0
         self.src: str = m.src
         self.src_epoch: int = m.src_epoch
         self.src_location: str = m.src_location
@@ -102,7 +102,8 @@ class Reservation:
 
     def part(self, rid: Rid) -> Part:
         """The one that this copy is for; ``by_rid`` has it."""
-        return next(part for part in self.parts if part.rid == rid)
+        first = self.parts[0]
+        return first if first.rid == rid else next(part for part in self.parts if part.rid == rid)
 
     def own_of(self, part: Part) -> List[int]:
         """The slots that its copy writes into."""
@@ -242,11 +243,13 @@ class Destination:
         if len(r.present) == n:
             r.step = n  # nothing is copied, so there is nothing to go in steps
         self._begin_parts(r, out)
-        self._advance(now, r, out)
+        if r.parts[0].good:
+            self._advance(now, r, out)
+        else:
+            self._alarm(now, r)
 
     def _reserved(self, controller: str, r: Reservation) -> Send:
-        moved = r.brought + sum([part.moved for part in r.parts])
-        return Send(controller, Reserved(r.event, r.pool.inc, len(r.keys), r.shown, r.before + moved, moved))
+        return Send(controller, Reserved(r.event, r.pool.inc, len(r.keys), r.shown, r.before + r.moved, r.moved))
 
     def _begin_parts(self, r: Reservation, out: List[Effect]) -> None:
         """Begin as many as may be under way. One whose chunks are all here is good at once."""
@@ -272,7 +275,6 @@ class Destination:
             if part.end == len(r.keys):
                 self._commit(now, r, out)
                 return
-            r.brought += part.moved
             self._show(now, r, part)
             self._begin_parts(r, out)
         if r.shown > shown:
@@ -328,14 +330,16 @@ class Destination:
         if r is not None:
             part = r.part(rid)
             if num_tokens > part.moved and not part.copied:
+                r.moved += num_tokens - part.moved
                 part.moved = num_tokens
                 out.append(self._reserved(r.controller, r))
 
     def _arrived(self, r: Reservation, part: Part) -> None:
         part.copied = True
         if r.step < len(r.keys):  # else whoever looks sees the end next
-            own = r.own
-            part.moved = sum([r.lens[i] for i in range(part.start, part.end) if own[i] >= 0])
+            whole = sum([r.lens[i] for i in range(part.start, part.end) if r.own[i] >= 0])
+            r.moved += whole - part.moved
+            part.moved = whole
 
     # ---- the bytes have arrived, or will not
     def on_copy_done(self, now: int, item: CopyDone, out: List[Effect]) -> None:

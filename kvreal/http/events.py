@@ -206,7 +206,7 @@ class EventLog:
             record.drain = self.machine.drains.open.get(record.number)
         if event is not None:
             record.enter(event.state, now)
-        moved = sum(event.here) if event is not None and record.state == "copying" else 0
+        moved = sum([here for _, here, _ in event.progress.values()]) if event is not None else 0
         if record.told != (record.state, moved) or record.kind != "move":
             record.told = (record.state, moved)
             if self.streams:  # a view is for somebody to look at: a move comes through here at each of its steps

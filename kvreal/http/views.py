@@ -178,7 +178,7 @@ def _progress(record: Record, drain: Optional[Drain]) -> Progress | UnsetType:
         planned_tokens=event.num_tokens,
         moved_tokens=arrived,
         moved_chunks=bisect_right(list(accumulate(record.lens[: event.n])), arrived),
-        visible_tokens=sum(record.lens[: min(event.shown)]) if step else UNSET,
+        visible_tokens=sum(record.lens[: event.shown()]) if step else UNSET,
     )
 
 
@@ -212,7 +212,7 @@ def _ranks(record: Record) -> List[RankOutcome]:
         if committed or event.state != "copying":
             copied = sum(-(-n // block) * block for i, n in enumerate(record.lens[:committed]) if i not in there) * size
         else:
-            copied = event.moved[r] * size
+            copied = event.progress.get(r, (0, 0, 0))[2] * size
         found.append(
             RankOutcome(
                 rank=r,
