@@ -60,6 +60,7 @@ class Timeline:
     def __init__(self, world: str, built: Built, messages: bool = False) -> None:
         self.world: str = world
         self.built: Built = built
+        self.bytes_per_token: dict[str, int] = built.bytes_per_token
         self.messages: bool = messages
         self.spans: list[Span] = []
         """Those that lie within none."""
@@ -228,7 +229,7 @@ class Timeline:
     def _copy_starts(self, line: Line, effect: StartCopy) -> None:
         t, node = line.t, line.node
         event = self._event(line, effect.rid)
-        nbytes = sum(effect.lens) * self.built.bytes_per_token.get(node, 0)
+        nbytes = sum(effect.lens) * self.bytes_per_token.get(f"{node}/{effect.location}", 0)
         within = self._open.get((node, "fetch" if effect.read else "pin", event))
         name = f"copy {'from' if effect.read else 'to'} {effect.peer}"
         args = {"bytes": nbytes, "chunks": len(effect.slots), "read": effect.read, "transport": ""}

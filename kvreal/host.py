@@ -193,12 +193,12 @@ class Host:
         spec = next(spec for spec in built.specs if spec.name == message.node)
         data = ""
         if isinstance(spec, WorkerSpec):
-            slot_bytes = built.slot_bytes[message.node]
             if self.memory.arena:
                 self.memory.arena = f"{ARENAS}/kvmove-{message.run}"
-                self.memory.arena_bytes = _in_memory(built, slot_bytes)
+                self.memory.arena_bytes = max(_in_memory(built).values(), default=0)
             places = [(place.name, place.slots) for place in spec.locations]
-            if self.memory.lay_out(places, slot_bytes, _stored_chunks(built)):
+            sizes = {place.name: place.slot_size(spec.namespace) for place in spec.locations}
+            if self.memory.lay_out(places, 0, _stored_chunks(built), sizes):
                 self.transfer.memory_changed()
             self.transfer.begin(message.run, message.node)
             data = self.transfer.endpoint()
@@ -236,15 +236,15 @@ class Host:
         self.network.close()
 
 
-def _in_memory(built: Built, slot_bytes: int) -> int:
-    """What all nodes with slots of this size keep in CPU memory, bytes."""
-    workers = [spec for spec in built.specs if isinstance(spec, WorkerSpec)]
-    return sum(
-        place.slots * slot_bytes
-        for spec in workers
-        for place in spec.locations
-        if built.slot_bytes[spec.name] == slot_bytes and kind_of(place.name) == "cpu"
-    )
+def _in_memory(built: Built) -> Dict[int, int]:
+    """Bytes of a slot -> bytes of all such slots that nodes keep in CPU memory."""
+    found: Dict[int, int] = {}
+    for spec in [spec for spec in built.specs if isinstance(spec, WorkerSpec)]:
+        for place in spec.locations:
+            if kind_of(place.name) == "cpu":
+                size = place.slot_size(spec.namespace)
+                found[size] = found.get(size, 0) + place.slots * size
+    return found
 
 
 def _stored_chunks(built: Built) -> int:

@@ -147,12 +147,15 @@ class Instance:
 
     def line(self, port: int) -> str:
         file = self.file
-        slot = file.namespace.chunk_tokens * file.namespace.bytes_per_token
-        places = ", ".join(f"{name} {slots} chunks" for name, slots in file.locations)
+        places = ", ".join(
+            f"{place.name} {place.slots} chunks of {place.slot_size(file.namespace)} bytes"
+            + (f" ({place.namespace.model})" if place.namespace is not None else "")
+            for place in file.places
+        )
         ranks = f"{file.ranks} ranks" if file.ranks > 1 else "1 rank"
         return (
             f"{file.instance}: http://{self.settings.host}:{port}, {ranks} at {self.local.address}"
-            f"{' and following' if file.ranks > 1 else ''}, {places} of {slot} bytes, "
+            f"{' and following' if file.ranks > 1 else ''}, {places}, "
             f"over {self.local.service.worker.transfer.name}, controller {file.controller[0]}:{file.controller[1]}"
         )
 

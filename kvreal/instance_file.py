@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import tempfile
 from pathlib import Path
-from typing import Any, Dict, Final, List, Literal, Mapping, Optional, Tuple, Union
+from typing import Any, Dict, Final, List, Literal, Mapping, Optional, Set, Tuple, Union
 
 import msgspec
 
@@ -64,6 +64,20 @@ Ports = Union[int, str, Tuple[int, ...]]
 """``8500``, ``[8500, 8501]`` or ``8500,8501``: one a rank."""
 
 
+class Room(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A location of a rank. ``slot``: bytes of its slots, if they are larger than a chunk. The others, for another
+    model's KV, mean what they do for the whole instance; ``bytes_per_token`` is of all ranks together."""
+
+    size: Size
+    slot: Optional[Size] = None
+    model: Optional[str] = None
+    weights: Optional[str] = None
+    dtype: Optional[str] = None
+    layout: Optional[str] = None
+    chunk_size: Optional[int] = None
+    bytes_per_token: Optional[Size] = None
+
+
 class Own(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True, kw_only=True):
     """What stands under ``kvmove:``."""
 
@@ -74,7 +88,7 @@ class Own(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults
     dtype: str = "bfloat16"
     layout: str = "layers-first"
     ranks: Optional[int] = None
-    locations: Dict[str, Size] = {}
+    locations: Dict[str, Room] = {}
     """Of each rank. Instead of ``local_cpu`` and ``local_disk``."""
     store_at: str = ""
     """Where the engine stores; else the first location."""
@@ -129,8 +143,8 @@ class InstanceFile(msgspec.Struct, frozen=True):
     path: str
     instance: str
     namespace: Namespace
-    locations: Tuple[Tuple[str, int], ...]
-    """(name, slots of one chunk) of each rank."""
+    places: Tuple[Location, ...]
+    """Of each rank."""
     store_at: str
     controller: Tuple[str, int]
     reply: Optional[Tuple[str, int]]
@@ -157,14 +171,27 @@ class InstanceFile(msgspec.Struct, frozen=True):
         return self.namespace.ranks
 
     @property
-    def searched(self) -> List[str]:
-        """Locations in the order in which a prompt is looked for: where the engine stores comes first."""
-        return [self.store_at, *[name for name, _ in self.locations if name != self.store_at]]
+    def locations(self) -> Tuple[Tuple[str, int], ...]:
+        """(name, slots) of each."""
+        return tuple([(place.name, place.slots) for place in self.places])
+
+    def searched(self, model: str = "") -> List[Location]:
+        """Locations with a model's KV, in the order in which a prompt is looked for: where the engine stores comes
+        first. Without a model: with what most of this instance's is, its own."""
+        own = self.namespace.model
+        found = [one for one in self.places if (one.namespace or self.namespace).model == (model or own)]
+        return sorted(found, key=lambda one: one.name != self.store_at)
+
+    @property
+    def models(self) -> List[str]:
+        """What this instance serves, its own first."""
+        spaces = [self.namespace, *[one.namespace for one in self.places if one.namespace is not None]]
+        return list({space.model: None for space in spaces})
 
     def spec(self, rank: int, address: str, controller: str, measured: Optional[Measured] = None) -> WorkerSpec:
         """What the rank's machine is made from. ``measured``: what was, of its transports."""
-        places = tuple([Location(name, slots) for name, slots in self.locations])
-        return WorkerSpec(address, self.instance, rank, controller, self.namespace, places, self.config, measured)
+        name, space = self.instance, self.namespace
+        return WorkerSpec(address, name, rank, controller, space, self.places, self.config, measured)
 
 
 def path_from(option: Optional[str], environ: Mapping[str, str]) -> str:
@@ -179,6 +206,7 @@ def read(path: Union[str, Path], model: str = "", space: Optional[Namespace] = N
     """ScenarioError (one line: file, line, column, key) for whatever is wrong. ``model``: instead of the file's.
     ``space``: what an engine says of its own KV; the file then says no more than the chunk's size, and ``weights``."""
     ignored: List[str] = []
+    added: Set[Tuple[Union[str, int], ...]] = set()
 
     def sift(data: Dict[str, Any]) -> Optional[Mistake]:
         for key in list(data):
@@ -191,9 +219,15 @@ def read(path: Union[str, Path], model: str = "", space: Optional[Namespace] = N
                 return Mistake((key,), _unknown(key), True)
             elif data[key] is None:
                 del data[key]  # the reference's way to say: as usual
+        own = data.get("kvmove")
+        rooms = own.get("locations") if isinstance(own, dict) else None
+        for name, room in list(rooms.items()) if isinstance(rooms, dict) else ():
+            if rooms is not None and room is not None and not isinstance(room, (dict, list)):
+                rooms[name] = {"size": room}
+                added.add(("kvmove", "locations", name, "size"))
         return None
 
-    return _meaning(str(path), load_as(path, Keys, sift), tuple(ignored), model, space)
+    return _meaning(str(path), load_as(path, Keys, sift, added), tuple(ignored), model, space)
 
 
 def _unknown(key: str) -> str:
@@ -254,17 +288,20 @@ def _meaning(
         raise wrong("kvmove.ranks", f"{ranks} ranks cannot share {token_bytes} bytes a token")
     else:
         namespace = Namespace(model, own.weights, own.dtype, own.layout, keys.chunk_size, ranks, token_bytes // ranks)
-    places = _places(path, keys, namespace.chunk_tokens * namespace.bytes_per_token)
-    store_at = own.store_at or keys.store_location or places[0][0]
-    if store_at not in [name for name, _ in places]:
+    places = _places(path, keys, namespace)
+    ours = [place.name for place in places if place.namespace is None]
+    if not ours:
+        raise wrong("kvmove.locations", f"all are for other models, expected one for {namespace.model}")
+    store_at = own.store_at or keys.store_location or ours[0]
+    if store_at not in ours:
         key = "kvmove.store_at" if own.store_at else "store_location"
-        raise wrong(key, f"found {shown(store_at)}, expected one of {', '.join([name for name, _ in places])}")
+        raise wrong(key, f"found {shown(store_at)}, expected one of {', '.join(ours)}")
     reply = keys.controller_reply_url
     return InstanceFile(
         path=path,
         instance=keys.lmcache_instance_id,
         namespace=namespace,
-        locations=places,
+        places=places,
         store_at=store_at,
         controller=_address(path, "controller_pull_url", keys.controller_pull_url),
         reply=_address(path, "controller_reply_url", reply) if reply else None,
@@ -322,10 +359,12 @@ def _at(path: str, key: str, text: str) -> ScenarioError:
     raise AssertionError("unreachable: find() always finds it")
 
 
-def _places(path: str, keys: Keys, slot_bytes: int) -> Tuple[Tuple[str, int], ...]:
+def _places(path: str, keys: Keys, own: Namespace) -> Tuple[Location, ...]:
     sizes: Dict[str, Tuple[str, int]] = {}
-    for name, size in keys.kvmove.locations.items():
-        sizes[name] = (f"kvmove.locations.{name}", size.bytes)
+    more: Dict[str, Room] = {}
+    for name, room in keys.kvmove.locations.items():
+        more[name] = room
+        sizes[name] = (f"kvmove.locations.{name}", room.size.bytes)
     if sizes and (keys.local_disk or keys.max_local_disk_size) and "disk" not in {kind_of(name) for name in sizes}:
         key = "local_disk" if keys.local_disk else "max_local_disk_size"
         raise _at(path, key, f"kvmove.locations names no disk, expected {DISK} and its size there, or no {key}")
@@ -335,12 +374,46 @@ def _places(path: str, keys: Keys, slot_bytes: int) -> Tuple[Tuple[str, int], ..
         sizes[DISK] = ("max_local_disk_size", int(keys.max_local_disk_size * GB))
     if not sizes:
         raise _at(path, "local_cpu", "is false and there is no local_disk: nothing to keep KV in")
-    places: List[Tuple[str, int]] = []
+    places: List[Location] = []
     for name, (key, nbytes) in sizes.items():
-        if nbytes < slot_bytes:
-            raise _at(path, key, f"{nbytes} bytes are less than one chunk of {slot_bytes}")
-        places.append((name, nbytes // slot_bytes))
+        said = more.get(name)
+        space = _space_of(path, name, said, own) if said is not None else own
+        chunk = space.chunk_tokens * space.bytes_per_token
+        slot = said.slot.bytes if said is not None and said.slot is not None else chunk
+        if slot < chunk:
+            raise _at(path, f"{key}.slot", f"{slot} bytes are less than one chunk of {chunk}")
+        if nbytes < slot:
+            what = f"one chunk of {chunk}" if slot == chunk else f"one slot of {slot}"
+            raise _at(path, key, f"{nbytes} bytes are less than {what}")
+        places.append(Location(name, nbytes // slot, slot if slot != chunk else 0, space if space != own else None))
     return tuple(places)
+
+
+def _space_of(path: str, name: str, room: Room, own: Namespace) -> Namespace:
+    """What KV is to lie in a location: that of the instance, but for what the location says."""
+    key = f"kvmove.locations.{name}"
+    said = (room.model, room.weights, room.dtype, room.layout, room.chunk_size, room.bytes_per_token)
+    if all(one is None for one in said):
+        return own
+    model = room.model or own.model
+    token_bytes = own.bytes_per_token * own.ranks
+    if room.bytes_per_token is not None:
+        token_bytes = room.bytes_per_token.bytes
+    elif room.model is not None and not (token_bytes := _known(model)):
+        raise _at(path, key, f"bytes_per_token is missing, expected a size such as '16 KiB': {model} is not known")
+    if token_bytes < 1 or token_bytes % own.ranks:
+        raise _at(path, key, f"{own.ranks} ranks cannot share {token_bytes} bytes a token")
+    chunk = own.chunk_tokens if room.chunk_size is None else room.chunk_size
+    if not 1 <= chunk <= 65536 or chunk % own.block_tokens:
+        blocks = f", a multiple of {own.block_tokens}" if own.block_tokens > 1 else ""
+        raise _at(path, f"{key}.chunk_size", f"found {chunk}, expected 1 to 65536 tokens{blocks}")
+    weights = own.weights if room.weights is None and room.model is None else room.weights or ""
+    changes: Dict[str, Any] = {"model": model, "weights": weights, "chunk_tokens": chunk}
+    if room.dtype is not None:
+        changes["dtype"] = room.dtype
+    if room.layout is not None:
+        changes["kv_layout"] = room.layout
+    return msgspec.structs.replace(own, bytes_per_token=token_bytes // own.ranks, **changes)
 
 
 def _ports(path: str, key: str, given: Optional[Ports]) -> Tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""A node's own memory: one slab a location, cut into slots of one chunk, made once and registered once.
+"""A node's own memory: one slab a location, cut into slots of one size, made once and registered once.
 
 A host keeps its CPU slab from one run to the next unless a larger one is asked for, so that a pooled
 process neither faults its pages in nor registers them again. Disk locations are files (store.py), whose bytes cannot be
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from typing import Dict, List, Optional, Sequence, Tuple
+from typing import Dict, Final, List, Mapping, Optional, Sequence, Tuple
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +19,8 @@ from kvreal.arena import ArenaError, Member, join
 from kvreal.slab import HUGE, PAGE, POISON, POISON_STRIDE, Bytes, Place, Slab, SlabError, physical_bytes
 from kvreal.spans import Ints, Slots, firsts, ints
 from kvreal.store import Carries, DiskError, Home, Store
+
+_NONE: Final[Mapping[str, int]] = {}
 
 
 class Memory:
@@ -31,9 +33,10 @@ class Memory:
         self.shared: bool = shared
         self.arena: str = arena
         self.arena_bytes: int = arena_bytes
-        self.member: Optional[Member] = None
-        self.rows: Dict[str, int] = {}
-        """Locations in the arena -> where their slots begin in this process's row."""
+        self.members: Dict[int, Member] = {}
+        """This process's part of the arena, by bytes of a slot."""
+        self.rows: Dict[str, Tuple[Member, int]] = {}
+        """Locations in the arena -> what part they lie in, and where their slots begin in its row."""
         self.disk_path: str = ""
         """Where disk locations keep their files; none: where temporary files are, without a name."""
         self.disk_by: Optional[Carries] = None
@@ -49,20 +52,29 @@ class Memory:
         self.dirty: Dict[str, npt.NDArray[np.bool_]] = {}
         """Which slots hold, or held, something: what must be wiped before other hands use them."""
 
-    def lay_out(self, locations: Sequence[Tuple[str, int]], slot_bytes: int, touch_slots: int = 0) -> bool:
+    def lay_out(
+        self,
+        locations: Sequence[Tuple[str, int]],
+        slot_bytes: int,
+        touch_slots: int = 0,
+        other_bytes: Mapping[str, int] = _NONE,
+    ) -> bool:
         """Give each (name, slots) its place. True if a slab was made or dropped, so that it must be registered anew.
-        The first ``touch_slots`` slots of each, which are used first, are faulted in.
+        The first ``touch_slots`` slots of each, which are used first, are faulted in. ``other_bytes``: of a slot, in
+        locations whose slots are not of ``slot_bytes``.
 
         What an earlier run left is overwritten first: it must never pass for this run's bytes.
         """
         self.wipe()
         changed = bool(self.others)
         self.others = []
+        self.homes = {}
         self.rows = {}
         self._close_stores()
+        size_of = {name: other_bytes.get(name, slot_bytes) for name, _ in locations}
         if self.arena:
-            changed = self._into_arena(locations, slot_bytes) or changed
-        wanted = sum(slots * slot_bytes for name, slots in locations if kind_of(name) == "cpu" and not self.arena)
+            changed = self._into_arena(locations, size_of) or changed
+        wanted = sum(slots * size_of[name] for name, slots in locations if kind_of(name) == "cpu" and not self.arena)
         if wanted > physical_bytes():  # the kernel would promise it, and kill whoever takes it at its word
             raise SlabError(f"the CPU locations ask for {wanted} bytes, this machine has {physical_bytes()}")
         if self.cpu is None or self.cpu.nbytes < wanted + PAGE:
@@ -70,13 +82,13 @@ class Memory:
             self.cpu = Slab("cpu", _round(wanted + PAGE), self.shared)
             changed = True
         self.places = {}
-        self.homes = {}
         offset = PAGE  # the first page is the scratch page
         for name, slots in locations:
             kind = kind_of(name)
+            slot_bytes = size_of[name]
             if name in self.rows:
-                self.homes[name] = (self.others[0], 0)
-                self.places[name] = Place(name, "DRAM", self.others[0].address, slots, slot_bytes, ordered=False)
+                slab = self.homes[name][0]
+                self.places[name] = Place(name, "DRAM", slab.address, slots, slot_bytes, ordered=False)
                 continue
             if kind == "disk" and not self.shared:
                 self.stores[name] = self._store(name, slots, slot_bytes)
@@ -99,26 +111,36 @@ class Memory:
         self.layout += 1
         return changed
 
-    def _into_arena(self, locations: Sequence[Tuple[str, int]], slot_bytes: int) -> bool:
-        """Lay the CPU locations out in the arena. True if it is mapped anew."""
-        wanted = [(name, slots) for name, slots in locations if kind_of(name) == "cpu"]
-        if not wanted:
-            return False
-        try:
-            now = self.member.arena if self.member is not None else None
-            if now is None or (now.slot_bytes, str(now.folder.parent)) != (slot_bytes, self.arena):
-                self.leave_arena()
-                self.member = join(self.arena, f"{os.getpid()}", slot_bytes, self.arena_bytes)
-            assert self.member is not None
-            self.member.lay_out(sum(slots for _, slots in wanted))
-        except ArenaError as error:
-            raise SlabError(str(error)) from error
-        row = 0
-        for name, slots in wanted:
-            self.rows[name] = row
-            row += slots
-        self.others.append(Slab.over(self.member.arena.bytes))
-        return True
+    def _into_arena(self, locations: Sequence[Tuple[str, int]], size_of: Mapping[str, int]) -> bool:
+        """Lay the CPU locations out in the arena, those with slots of one size beside each other. True if it is mapped
+        anew."""
+        wanted: Dict[int, Dict[str, int]] = {}
+        for name, slots in locations:
+            if kind_of(name) == "cpu":
+                wanted.setdefault(size_of[name], {})[name] = slots
+        if wanted:
+            self.leave_arena(keep=[size for size in wanted if self._joined(size)])
+        for size, named in wanted.items():
+            try:
+                if size not in self.members:
+                    self.members[size] = join(self.arena, f"{os.getpid()}", size, self.arena_bytes)
+                member = self.members[size]
+                member.lay_out(sum(named.values()))
+            except ArenaError as error:
+                raise SlabError(str(error)) from error
+            slab = Slab.over(member.arena.bytes)
+            self.others.append(slab)
+            row = 0
+            for name, slots in named.items():
+                self.rows[name] = (member, row)
+                self.homes[name] = (slab, 0)
+                row += slots
+        return bool(wanted)
+
+    def _joined(self, slot_bytes: int) -> bool:
+        """Whether this process has a part of the arena that is named now."""
+        member = self.members.get(slot_bytes)
+        return member is not None and str(member.arena.folder.parent) == self.arena
 
     def _store(self, name: str, slots: int, slot_bytes: int) -> Store:
         try:
@@ -142,35 +164,42 @@ class Memory:
 
     def share(self, source: str, out: Slots, target: str, into: Slots) -> bool:
         """Make slots of ``target`` what those of ``source`` are, if both lie in the arena."""
-        if self.member is None or source not in self.rows or target not in self.rows:
+        member = self.member(source)
+        if member is None or self.member(target) is not member:
             return False
         self.note(target, into)
-        self.member.take(self.member.number, self.row(source, out), self.row(target, into))
+        member.take(member.number, self.row(source, out), self.row(target, into))
         return True
+
+    def member(self, location: str) -> Optional[Member]:
+        """The part of the arena that it lies in; None: in none."""
+        found = self.rows.get(location)
+        return found[0] if found is not None else None
 
     def alone(self, location: str, slot: int) -> None:
         """A slot is about to be changed in place: nobody else's view of it may change."""
-        if location in self.rows and self.member is not None:
-            self.member.own(self.row(location, [slot]), keep=True)
+        member = self.member(location)
+        if member is not None:
+            member.own(self.row(location, [slot]), keep=True)
 
     def note(self, location: str, slots: Slots) -> None:
         """These slots come to hold something."""
         self.dirty[location][ints(slots)] = True
 
-    def leave_arena(self) -> None:
-        """Let go of all that this process has there."""
-        if self.member is not None:
-            self.member.leave()
-            self.member = None
+    def leave_arena(self, keep: Sequence[int] = ()) -> None:
+        """Let go of all that this process has there. ``keep``: but for what has slots of these sizes."""
+        for size in [size for size in self.members if size not in keep]:
+            self.members.pop(size).leave()
 
     def row(self, location: str, slots: Slots) -> Ints:
         """What slots are called in the arena."""
-        return ints(slots) + self.rows[location]
+        return ints(slots) + self.rows[location][1]
 
     def start(self, location: str, slot: int) -> int:
         """Where a slot begins in its slab's bytes."""
-        if location in self.rows and self.member is not None:
-            return self.member.offset(self.rows[location] + slot)
+        if location in self.rows:
+            member, first = self.rows[location]
+            return member.offset(first + slot)
         return self.homes[location][1] + slot * self.places[location].slot_bytes
 
     def slabs(self) -> List[Slab]:
@@ -206,8 +235,9 @@ class Memory:
     def addresses(self, location: str, slots: Slots) -> Ints:
         """Where these slots begin, in this process's address space or its GPU's."""
         place = self.places[location]
-        if not place.ordered and self.member is not None:
-            return place.address + self.member.offsets(self.row(location, slots))
+        member = self.member(location)
+        if not place.ordered and member is not None:
+            return place.address + member.offsets(self.row(location, slots))
         return place.address + ints(slots) * place.slot_bytes
 
     def ranges(self, location: str, slots: Slots, sizes: Slots) -> List[Bytes]:
@@ -225,8 +255,9 @@ class Memory:
 
     def starts(self, location: str, slots: Ints) -> Ints:
         """Where slots begin in their slab's bytes."""
-        if location in self.rows and self.member is not None:
-            return self.member.offsets(self.row(location, slots))
+        member = self.member(location)
+        if member is not None:
+            return member.offsets(self.row(location, slots))
         return self.homes[location][1] + slots * self.places[location].slot_bytes
 
     def view(self, location: str, slot: int, nbytes: int) -> Bytes:
@@ -305,8 +336,9 @@ class Memory:
     def soil(self, location: str, slots: Slots, poison: bool = False) -> None:
         """Note that these slots are about to be written; ``poison`` spoils what they hold, every MiB, so that a
         copy which did not happen cannot be taken for one that did. In the arena they are nobody else's from now on."""
-        if location in self.rows and self.member is not None:
-            self.member.own(self.row(location, slots))
+        member = self.member(location)
+        if member is not None:
+            member.own(self.row(location, slots))
         slots = ints(slots)
         used = slots[self.dirty[location][slots]]
         self.note(location, slots)
@@ -349,9 +381,9 @@ class Memory:
 
     def _wipe(self, location: str, slots: Ints) -> None:
         size = self.places[location].slot_bytes
-        if location in self.rows:
-            if self.member is not None:
-                self.member.drop(self.row(location, slots))
+        member = self.member(location)
+        if member is not None:
+            member.drop(self.row(location, slots))
         elif location in self.stores:
             self.stores[location].drop(slots.tolist())
         elif self.on_gpu(location):

@@ -17,7 +17,7 @@ import msgspec
 
 from kvcore.protocol import machine as m
 from kvcore.protocol.config import ControllerSpec, WorkerSpec
-from kvcore.protocol.messages import Wire
+from kvcore.protocol.messages import Namespace, Wire
 from kvcore.scenario.build import AnySpec, Built, make_machine
 from kvcore.scenario.client import Client
 from kvcore.scenario.faults import FINE, GOOD_COPY, Action, Crash, FaultPlan, Pause, Verdict
@@ -225,37 +225,35 @@ class Node:
 
     def _start_copy(self, effect: m.StartCopy) -> None:
         endpoint = effect.endpoint or self.parts.network.data_endpoint(effect.peer)
-        block = self._block_tokens()
+        space = self._space(effect.location)
+        block = space.block_tokens
         if block > 1:  # a transfer counts bytes by tokens: a partial chunk has those of whole blocks
             effect = msgspec.structs.replace(effect, lens=tuple([-(-n // block) * block for n in effect.lens]))
         config = self.built.config
         self.parts.transfer.start(
             Copy(
-                effect, endpoint, self.epoch, self._bytes_per_token(), config.copy_max_ns, self._fate(effect),
+                effect, endpoint, self.epoch, space.bytes_per_token, config.copy_max_ns, self._fate(effect),
                 config.progress_ns,
             )
         )  # fmt: skip
 
     def _start_task(self, effect: Any) -> None:
         fate = self._fate(effect)
+        size = self._space(effect.location).bytes_per_token
         if fate.stuck:
             failed = m.FillDone(effect.fid, False) if isinstance(effect, m.StartFill) else m.ReadDone(effect.fid, False)
             self._after(self.built.config.copy_max_ns, lambda: self.offer(failed))
         elif isinstance(effect, m.StartRead) and effect.hold_ns > 0:
             # The bytes are read at the end of the hold: what they must outlive is the use, not its beginning.
-            self._after(effect.hold_ns, lambda: self.parts.engine.start(effect, self._bytes_per_token(), fate))
+            self._after(effect.hold_ns, lambda: self.parts.engine.start(effect, size, fate))
         elif fate.delay_ns:
-            self._after(fate.delay_ns, lambda: self.parts.engine.start(effect, self._bytes_per_token(), fate))
+            self._after(fate.delay_ns, lambda: self.parts.engine.start(effect, size, fate))
         else:
-            self.parts.engine.start(effect, self._bytes_per_token(), fate)
+            self.parts.engine.start(effect, size, fate)
 
-    def _bytes_per_token(self) -> int:
+    def _space(self, location: str) -> Namespace:
         assert isinstance(self.spec, WorkerSpec)
-        return self.spec.namespace.bytes_per_token
-
-    def _block_tokens(self) -> int:
-        assert isinstance(self.spec, WorkerSpec)
-        return self.spec.namespace.block_tokens
+        return self.spec.space(location)
 
     def _journal(self, effect: m.Journal) -> None:
         if self.journal is not None:
@@ -339,7 +337,7 @@ class Node:
         for name, pool in self._pools().items():
             here = [(key, entry.slot, entry.num_tokens) for key, entry in pool.index.items()]
             inventory[name] = [(key, tokens) for key, _, tokens in here]
-            count, bad = check_all(self.parts.memory, name, here, self._bytes_per_token())
+            count, bad = check_all(self.parts.memory, name, here, self._space(name).bytes_per_token)
             nbytes += count
             chunks += len(here)
             spoiled += [Spoiled(name, slot, key, offset) for slot, key, offset in bad]

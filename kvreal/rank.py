@@ -100,8 +100,8 @@ class Local:
         memory.disk_by = None if shared else named(file.disk_io)  # a disk that is mapped too is no file to write into
         if shared:
             tempfile.tempdir = file.disk_path or tempfile.tempdir
-        slot_bytes = file.namespace.chunk_tokens * file.namespace.bytes_per_token
-        memory.lay_out(file.locations, slot_bytes)
+        sizes = {place.name: place.slot_size(file.namespace) for place in file.places}
+        memory.lay_out(file.locations, 0, other_bytes=sizes)
         data = (endpoint_of(f"{file.host}:0").rpartition(":")[0], file.data_ports[rank] if file.data_ports else 0)
         transfer = transport(file.transport, memory, sink, data, file.profile)
         if keys is not None:

@@ -15,6 +15,7 @@ from typing import Any, Callable, Dict, Final, List, Sequence, Set, Tuple
 import msgspec
 
 from kvcore.protocol.config import Config, WorkerSpec
+from kvcore.protocol.messages import Location, Namespace
 from kvcore.scenario.build import Built
 from kvreal.host import die_with_parent
 
@@ -38,7 +39,6 @@ def instance_files(built: Built, folder: Path, controller: str, reply: str, tran
     for name in built.instances:
         spec = next(worker for worker in workers if worker.name.rpartition("/")[0] == name)
         space = spec.namespace
-        slot = space.chunk_tokens * space.bytes_per_token
         data: Dict[str, Any] = {
             "chunk_size": space.chunk_tokens,
             "enable_controller": True,
@@ -52,7 +52,7 @@ def instance_files(built: Built, folder: Path, controller: str, reply: str, tran
                 "layout": space.kv_layout,
                 "bytes_per_token": f"{space.bytes_per_token * space.ranks} B",
                 "ranks": space.ranks,
-                "locations": {place.name: f"{place.slots * slot} B" for place in spec.locations},
+                "locations": {place.name: _room(place, space) for place in spec.locations},
                 "transport": transport,
                 "direction": spec.config.direction,
                 "checksums": spec.config.checksums,
@@ -66,6 +66,19 @@ def instance_files(built: Built, folder: Path, controller: str, reply: str, tran
         path.write_bytes(msgspec.json.format(msgspec.json.encode(data), indent=2))
         found.append((name, path))
     return found
+
+
+def _room(place: Location, own: Namespace) -> Any:
+    """A location as an instance's file says it."""
+    size = place.slot_size(own)
+    room: Dict[str, Any] = {"size": f"{place.slots * size} B"}
+    if place.slot_bytes:
+        room["slot"] = f"{size} B"
+    space = place.namespace
+    if space is not None:
+        room.update(model=space.model, weights=space.weights, dtype=space.dtype, layout=space.kv_layout)
+        room.update(chunk_size=space.chunk_tokens, bytes_per_token=f"{space.bytes_per_token * space.ranks} B")
+    return room["size"] if len(room) == 1 else room
 
 
 #: what Config calls otherwise than a scenario's constants

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, final
 
+from kvcore.protocol.config import WorkerSpec
 from kvcore.protocol.machine import Effect, Input, Machine, Note, Send
 from kvcore.scenario.build import AnySpec, Built, make_machine
 from kvcore.scenario.faults import FaultPlan
@@ -17,6 +18,13 @@ from kvsim.node import Node
 from kvsim.transfer import Transfers
 
 Observer = Callable[[int, str, Machine, Input, List[Effect]], None]
+
+
+def _token_bytes(spec: AnySpec) -> Dict[str, int]:
+    """Of each location of a worker: bytes of one token there."""
+    if not isinstance(spec, WorkerSpec):
+        return {}
+    return {place.name: spec.space(place.name).bytes_per_token for place in spec.locations}
 
 
 @final
@@ -61,7 +69,7 @@ class Cluster:
         self.events_kept: int = built.config.events_kept
         self.nodes: Dict[str, Node] = {}
         for number, spec in enumerate(built.specs):
-            self.nodes[spec.name] = Node(self, spec, built.bytes_per_token.get(spec.name, 0), number, built.seed)
+            self.nodes[spec.name] = Node(self, spec, _token_bytes(spec), number, built.seed)
 
     def observed_by(self, observe: Observer) -> None:
         """Call it after every input, before the effects are carried out."""

@@ -43,7 +43,7 @@ class Engine:
         cluster = self.cluster
         fate = cluster.plan.copy(cluster.loop.now_ns, node.name, effect) if cluster.plan_active else None
         node.memory.tear(effect.location, effect.slots)
-        took_ns = cluster.profile.fill_time_ns(sum(effect.lens) * node.bytes_per_token)
+        took_ns = cluster.profile.fill_time_ns(sum(effect.lens) * node.bytes_per_token[effect.location])
         if fate is not None:
             if fate.stuck:
                 took_ns = cluster.copy_max_ns
@@ -69,7 +69,7 @@ class Engine:
     def read(self, node: Node, effect: StartRead, at_ns: int) -> None:
         """Bytes must be right when the reading starts and still when it ends."""
         cluster = self.cluster
-        took_ns = cluster.profile.read_time_ns(sum(effect.lens) * node.bytes_per_token)
+        took_ns = cluster.profile.read_time_ns(sum(effect.lens) * node.bytes_per_token[effect.location])
         good = whole(node, effect)
         cluster.loop.at(at_ns + max(took_ns, effect.hold_ns), self._read, Reading(node, effect, good))
 

@@ -81,14 +81,16 @@ class Node:
         "worker",
     )
 
-    def __init__(self, cluster: Cluster, spec: AnySpec, bytes_per_token: int, number: int, seed: int) -> None:
+    def __init__(
+        self, cluster: Cluster, spec: AnySpec, bytes_per_token: Dict[str, int], number: int, seed: int
+    ) -> None:
         self.cluster: Cluster = cluster
         self.loop: Loop = cluster.loop
         self.spec: AnySpec = spec
         self.name: str = spec.name
         self.number: int = number
         self.seed: int = seed
-        self.bytes_per_token: int = bytes_per_token
+        self.bytes_per_token: Dict[str, int] = bytes_per_token  # of each location
         self.is_client: bool = isinstance(spec, ClientSpec)
         self.machine: Machine = Machine()  # none before the first boot
         self.handle: Callable[[int, Any], List[Effect]] = self.machine.handle

@@ -111,7 +111,7 @@ class Transfers:
         cluster = self.cluster
         peer = cluster.nodes[effect.peer]
         self.count += 1
-        transfer = Transfer(owner, peer, effect, sum(effect.lens) * owner.bytes_per_token, at_ns)
+        transfer = Transfer(owner, peer, effect, sum(effect.lens) * owner.bytes_per_token[effect.location], at_ns)
         self.active[effect.rid] = transfer
         if not self.watching:
             self.watching = True

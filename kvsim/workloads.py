@@ -173,7 +173,6 @@ def built_for(load: Load, seed: int = 0) -> Built:
         specs=tuple(specs),
         deadline_ns=1 << 60,
         network=schema.Network(nic=schema.Link(bandwidth=Rate.parse("5 GB/s"))),
-        bytes_per_token={spec.name: space.bytes_per_token for spec in specs if isinstance(spec, WorkerSpec)},
     )
 
 

@@ -174,5 +174,9 @@ class WorkerSpec(msgspec.Struct, frozen=True, tag="worker", omit_defaults=True, 
     config: Config = Config()
     measured: Optional[Measured] = None
 
+    def space(self, location: str) -> Namespace:
+        """What KV lies there."""
+        return next((one.namespace for one in self.locations if one.name == location and one.namespace), self.namespace)
+
 
 NodeSpec = Union[ControllerSpec, WorkerSpec]

@@ -217,7 +217,7 @@ class Controller(Machine):
         if sources is None or destinations is None:
             out.append(Send(src, Answer(m.op, "refused", reason=reason, detail=detail)))
             return
-        difference = namespace_mismatch(sources[0].register.namespace, destinations[0].register.namespace)
+        difference = namespace_mismatch(sources[0].space(m.src[1]), destinations[0].space(m.dst[1]))
         why = ("mismatch", f"source {difference[0]}; destination {difference[1]}") if difference else ("", "")
         if difference or m.keys:
             self.moves.begin(now, src, m, sources, destinations, why, out)

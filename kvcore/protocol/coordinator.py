@@ -309,7 +309,7 @@ class Coordinator:
             if said != "auto":
                 return said == "push", ""
         pairs = [(one.register.measured, other.register.measured) for one, other in zip(src, dst)]
-        nbytes = num_tokens * src[0].register.namespace.bytes_per_token
+        nbytes = num_tokens * src[0].space(source).bytes_per_token
         return best_direction(pairs, kind_of(source), kind_of(target), nbytes, chunks)
 
     # ---- RESERVING, COPYING

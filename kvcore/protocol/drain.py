@@ -132,7 +132,7 @@ class Drains:
         keys, lens = drain.chains[chain]
         left_ns = drain.deadline_ns - now
         child = MoveRequest(f"{m.op}/{chain + 1}", m.src, dst, keys, lens, m.copy, "", left_ns, m.evict, (), m.terms)
-        difference = namespace_mismatch(sources[0].register.namespace, destinations[0].register.namespace)
+        difference = namespace_mismatch(sources[0].space(m.src[1]), destinations[0].space(dst[1]))
         why = ("mismatch", f"source {difference[0]}; destination {difference[1]}") if difference else ("", "")
         number = self.moves.new_event()
         self.parents[number] = drain.number

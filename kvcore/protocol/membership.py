@@ -65,6 +65,11 @@ class Membership:
         if not 0 <= m.rank < m.namespace.ranks <= MAX_RANKS:
             self._refuse(src, m, "ranks", f"at most {MAX_RANKS}", f"rank {m.rank} of {m.namespace.ranks}", out)
             return
+        for one in m.locations:
+            if one.namespace is not None and one.namespace.ranks != m.namespace.ranks:
+                got = f"{one.name} with {one.namespace.ranks}"
+                self._refuse(src, m, "ranks", f"{m.namespace.ranks} in all locations", got, out)
+                return
         other = differences(self.config, m.constants)
         beat = next((theirs for name, _, theirs in other if name == "beat_ns"), 0)
         if 2 * beat > self.config.dead_ns:
@@ -92,11 +97,14 @@ class Membership:
         return known
 
     def _difference(self, m: Register) -> Optional[Tuple[str, str]]:
-        """All ranks of an instance have one namespace: both sides' values where another believed rank differs."""
+        """All ranks of an instance have one namespace, and one in each location: both sides' values where another
+        believed rank differs."""
         for rank in range(m.namespace.ranks):
             other = self.registry.ranks.get((m.instance, rank))
             if other is not None and rank != m.rank:
-                return namespace_mismatch(other.register.namespace, m.namespace)
+                spaces = [(other.register.namespace, m.namespace)]
+                spaces += [(other.space(one.name), one.namespace) for one in m.locations if one.namespace is not None]
+                return next((found for pair in spaces if (found := namespace_mismatch(*pair)) is not None), None)
         return None
 
     def _refuse(self, src: str, m: Register, why: str, have: str, got: str, out: List[Effect]) -> None:

@@ -48,10 +48,18 @@ class Namespace(msgspec.Struct, frozen=True, gc=False, omit_defaults=True, forbi
 
 
 class Location(msgspec.Struct, frozen=True, gc=False, omit_defaults=True, forbid_unknown_fields=True):
-    """One location of one rank: a name and its capacity in slots of one chunk each."""
+    """One location of one rank: a name and its capacity in slots of one chunk each. ``slot_bytes``: how large they
+    are, if larger than a chunk; ``namespace``: what KV lies there, if not that of the rank (a second model's)."""
 
     name: str
     slots: int
+    slot_bytes: int = 0
+    namespace: Optional[Namespace] = None
+
+    def slot_size(self, own: Namespace) -> int:
+        """Bytes of a slot, in a rank of the namespace ``own``."""
+        space = self.namespace or own
+        return self.slot_bytes or space.chunk_tokens * space.bytes_per_token
 
 
 class Entry(msgspec.Struct, frozen=True, gc=False, omit_defaults=True, array_like=True):

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Dict, List, Optional, Sequence, Tuple, final
 
 from kvcore.protocol.config import Config
-from kvcore.protocol.messages import Beat, Delta, Entry, Found, Inc, Key, Position, Register, Snap
+from kvcore.protocol.messages import Beat, Delta, Entry, Found, Inc, Key, Namespace, Position, Register, Snap
 from kvcore.protocol.pool import FEW
 
 
@@ -34,6 +34,14 @@ class View:
         self.entries: Dict[Key, Entry] = {}
 
 
+def space_of(register: Register, location: str) -> Namespace:
+    """What KV lies in a location of a process."""
+    for one in register.locations:
+        if one.namespace is not None and one.name == location:
+            return one.namespace
+    return register.namespace
+
+
 @final
 class Rank:
     """One process: a rank of an instance under one epoch."""
@@ -49,6 +57,14 @@ class Rank:
         self.over: int = -1
         self.heard_ns: int = 0
         self.views: Dict[str, View] = {}
+
+    def space(self, location: str) -> Namespace:
+        """What KV lies there."""
+        return space_of(self.register, location)
+
+    def spaces(self) -> List[Namespace]:
+        """Of all its locations."""
+        return list({self.space(one.name): None for one in self.register.locations})
 
 
 @final

@@ -54,14 +54,10 @@ class Built(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fiel
     network: Network = Network()
     faults: Tuple[Fault, ...] = ()
     expect: Dict[str, Expect] = {}
-    slot_bytes: Dict[str, int] = {}
-    """Worker address -> bytes of one slot: chunk_tokens * bytes_per_token of that rank."""
-    bytes_per_token: Dict[str, int] = {}
-    """Worker address -> bytes of one token at that rank."""
     prompts: Dict[str, PromptKeys] = {}
     """Every prompt that a step names (not a fill's), under the namespace that most instances have."""
     own_prompts: Dict[str, Dict[str, PromptKeys]] = {}
-    """The same under the namespace of an instance that has another one."""
+    """The same under the namespace of an instance, or of a location (``a/Draft``), that has another one."""
     needs: Tuple[str, ...] = ()
     about: str = ""
 
@@ -69,6 +65,12 @@ class Built(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fiel
     def nodes(self) -> Tuple[str, ...]:
         """All addresses, in the order of ``specs``."""
         return tuple([spec.name for spec in self.specs])
+
+    @property
+    def bytes_per_token(self) -> Dict[str, int]:
+        """Worker and location, ``a/0/LocalCPUBackend`` -> bytes of one token there."""
+        workers = [spec for spec in self.specs if isinstance(spec, WorkerSpec)]
+        return {f"{w.name}/{place.name}": w.space(place.name).bytes_per_token for w in workers for place in w.locations}
 
     def ranks(self, instance: str) -> Tuple[str, ...]:
         """The addresses of an instance's ranks."""
@@ -129,6 +131,8 @@ def _build(scenario: Scenario, seed: int, config: Config) -> Built:
         raise BuildError(f"{scenario.name}: instances: none, expected one at least")
     own = {name: _namespace(scenario, name) for name in scenario.instances}
     common = Counter(own.values()).most_common(1)[0][0]
+    for name, instance in scenario.instances.items():
+        own.update({f"{name}/{place}": _located(scenario, name, place, own[name]) for place in instance.locations})
     prompts = _prompts(scenario)
     compiler = Compiler(scenario, config, own, common, prompts)
     ops = compiler.ops()
@@ -145,10 +149,12 @@ def _build(scenario: Scenario, seed: int, config: Config) -> Built:
         network=scenario.network,
         faults=scenario.faults,
         expect=scenario.expect,
-        slot_bytes={w.name: w.namespace.chunk_tokens * w.namespace.bytes_per_token for w in workers},
-        bytes_per_token={w.name: w.namespace.bytes_per_token for w in workers},
         prompts=prompts.all(common, named),
-        own_prompts={name: prompts.all(space, named) for name, space in own.items() if space != common},
+        own_prompts={
+            at: prompts.all(space, named)
+            for at, space in own.items()
+            if space != own.get(at.partition("/")[0], common) or ("/" not in at and space != common)
+        },
         needs=scenario.needs,
         about=scenario.about,
     )
@@ -175,9 +181,19 @@ def _namespace(scenario: Scenario, instance: str, address: str = "") -> Namespac
     for fault in scenario.faults:
         if fault.namespace is not None and fault.namespace.node in (instance, address):
             changes.update(fault.namespace.changes())
+    return _changed(scenario, instance, space, changes)
+
+
+def _located(scenario: Scenario, instance: str, location: str, space: Namespace) -> Namespace:
+    """What lies in one location of an instance (or a rank) of that namespace."""
+    changes = scenario.instances[instance].locations[location].namespace
+    return _changed(scenario, f"{instance}/{location}", space, changes) if changes else space
+
+
+def _changed(scenario: Scenario, where: str, space: Namespace, changes: Mapping[str, Union[str, int]]) -> Namespace:
     for name, value in changes.items():
         if name not in Namespace.__struct_fields__ or type(value) is not type(getattr(space, name)):
-            raise BuildError(f"{scenario.name}: namespace of {instance}: {name}: {value!r} is not possible")
+            raise BuildError(f"{scenario.name}: namespace of {where}: {name}: {value!r} is not possible")
     return msgspec.structs.replace(space, **changes)
 
 
@@ -189,13 +205,21 @@ def _workers(scenario: Scenario, config: Config, own: Mapping[str, Namespace]) -
             space = _namespace(scenario, name, address)
             places: List[Location] = []
             for location, what in spec.locations.items():
-                slots = what.size.bytes // spec.ranks // (space.chunk_tokens * space.bytes_per_token)
+                where = f"{scenario.name}: instances.{name}.locations.{location}"
+                there = _located(scenario, name, location, space)
+                chunk = there.chunk_tokens * there.bytes_per_token
+                slot = what.slot.bytes // spec.ranks if what.slot is not None else chunk
+                if slot < chunk:
+                    text = f"slots of {slot} bytes are smaller than a chunk of {chunk} at each of {spec.ranks} ranks"
+                    raise BuildError(f"{where}: {text}")
+                slots = what.size.bytes // spec.ranks // slot
                 if slots < 1:
                     raise BuildError(
-                        f"{scenario.name}: instances.{name}.locations.{location}: {what.size} is less than one chunk"
-                        f" of {space.chunk_tokens} tokens at each of {spec.ranks} ranks"
+                        f"{where}: {what.size} is less than one chunk of {there.chunk_tokens} tokens at each of"
+                        f" {spec.ranks} ranks"
                     )
-                places.append(Location(location, slots))
+                other = there if there != space else None
+                places.append(Location(location, slots, slot if slot != chunk else 0, other))
             workers.append(WorkerSpec(address, spec.id or name, rank, CONTROLLER, space, tuple(places), own_config))
     return workers
 
@@ -215,8 +239,9 @@ def placement(built: Built, visible: Mapping[str, Mapping[str, Container[Key]]])
     """
     result: Dict[str, Dict[str, int]] = {}
     for name, instance in built.instances.items():
-        prompts = built.own_prompts.get(name, built.prompts)
         for location in instance.locations:
+            own = built.own_prompts.get(f"{name}/{location}", built.own_prompts.get(name))
+            prompts = built.prompts if own is None else own
             ranks: Sequence[Container[Key]] = [
                 visible.get(address, {}).get(location, ()) for address in built.ranks(name)
             ]

@@ -33,7 +33,8 @@ class BuildError(ValueError):
 
 
 class Compiler:
-    """``own``: each instance's namespace; ``common``: the one that most have, which lookups are asked under."""
+    """``own``: the namespace of each instance, and of each place (``a/LocalCPUBackend``); ``common``: the one that most
+    instances have, which lookups are asked under."""
 
     def __init__(
         self,
@@ -178,7 +179,7 @@ class Compiler:
         where = f"step {name}"
         src = self._position(where, body.src)
         dst = self._position(where, body.dst)
-        keys, lens = ((), ()) if body.all else self._keys(where, self.own[src[0]], body.prompt, body.tokens)
+        keys, lens = ((), ()) if body.all else self._keys(where, self.own[body.src], body.prompt, body.tokens)
         if body.idem:
             self.idems[name] = body.idem
         deadline_ns = self._ns(body.deadline)
@@ -194,7 +195,7 @@ class Compiler:
             not body.if_room,
             (),
             self._terms(body),
-            self._step(self.own[src[0]], body),
+            self._step(self.own[body.src], body),
         )
         what = "all" if body.all else f"{body.prompt}, {sum(lens)} tokens"
         text = f"{what}: {body.src} -> {body.dst}{', copy' if body.copy else ''}"
@@ -213,7 +214,7 @@ class Compiler:
     def _store(self, name: str, body: Any) -> Op:
         where = f"step {name}"
         instance, location = self._position(where, body.at)
-        keys, lens = self._keys(where, self.own[instance], body.prompt, body.tokens)
+        keys, lens = self._keys(where, self.own[body.at], body.prompt, body.tokens)
         request = StoreRequest(name, location, keys, lens)
         text = f"{body.prompt}, {sum(lens)} tokens: {body.at}"
         return self._plain(name, "store", body, text, (request,), self._ranks(instance))
@@ -221,20 +222,24 @@ class Compiler:
     def _use(self, name: str, body: Any) -> Op:
         where = f"step {name}"
         instance, location = self._position(where, body.at)
-        keys, lens = self._keys(where, self.own[instance], body.prompt, body.tokens)
+        keys, lens = self._keys(where, self.own[body.at], body.prompt, body.tokens)
         hold_ns = self._ns(body.hold)
         request = UseRequest(name, location, keys, lens, hold_ns)
         text = f"{body.prompt}: {body.at}"
         return self._plain(name, "use", body, text, (request,), self._ranks(instance), more_ns=hold_ns)
 
     def _lookup(self, name: str, body: Any) -> Op:
-        keys, lens = self._keys(f"step {name}", self.common, body.prompt, body.tokens)
+        where = f"step {name}"
+        if body.of:
+            self._position(where, body.of)
+        space = self.own[body.of] if body.of else self.common
+        keys, lens = self._keys(where, space, body.prompt, body.tokens)
         return self._plain(name, "lookup", body, body.prompt, (LookupRequest(name, keys, lens),))
 
     def _pin(self, name: str, body: Any) -> Op:
         where = f"step {name}"
         position = self._position(where, body.at)
-        keys, lens = self._keys(where, self.own[position[0]], body.prompt, body.tokens)
+        keys, lens = self._keys(where, self.own[body.at], body.prompt, body.tokens)
         request = PinRequest(name, self._claimed(position), keys, lens, self._ns(body.lease))
         return self._plain(name, "pin", body, f"{body.prompt}: {body.at}", (request,))
 
@@ -285,7 +290,7 @@ class Compiler:
             prompt = f"{body.prefix}-{number}"
             self.prompts.declare(prompt, PromptText())
             self.lengths[prompt] = min(each, total - part * each)
-            keys, lens = self.prompts.keys(self.own[instance], prompt, self.lengths[prompt])
+            keys, lens = self.prompts.keys(self.own[body.at], prompt, self.lengths[prompt])
             requests.append(StoreRequest(request_name(name, part, parts), location, keys, lens))
         text = f"{parts} prompts, {total} tokens: {body.at}"
         return self._plain(name, "fill", body, text, tuple(requests), self._ranks(instance))

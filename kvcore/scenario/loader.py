@@ -212,16 +212,22 @@ def _read(path: Union[str, FilePath]) -> str:
         raise ScenarioError(name, line, column, "", f"not text in UTF-8: the byte 0x{data[error.start]:02X}") from None
 
 
-def load_as(path: Union[str, FilePath], kind: Type[T], sift: Callable[[Dict[str, Any]], Optional[Mistake]]) -> T:
+def load_as(
+    path: Union[str, FilePath],
+    kind: Type[T],
+    sift: Callable[[Dict[str, Any]], Optional[Mistake]],
+    added: Optional[Set[Path]] = None,
+) -> T:
     """Another YAML file (an instance's) under the same rules, as a struct. ``sift`` takes out what ``kind`` does not
-    know, or says what is wrong there. ScenarioError names file, line, column and field."""
+    know, or says what is wrong there; ``added``: what it has put in. ScenarioError names file, line, column and field.
+    """
     source = _Text(str(path))
     data = source.parse(_read(path).removeprefix("\ufeff"))
     if not isinstance(data, dict):
         raise ScenarioError(source.name, 1, 1, "", f"found {shown(data)}, expected a mapping")
     result = sift(data) or located.convert_as(data, kind)
     if isinstance(result, Mistake):
-        raise _placed(source, result, {}, set())
+        raise _placed(source, result, {}, added or set())
     return result
 
 

@@ -174,7 +174,8 @@ class _Open:
 
 
 class PhaseTracker:
-    """Fed with every step of every node, in order of time, it fills ``done``. ``bytes_per_token``: by address."""
+    """Fed with every step of every node, in order of time, it fills ``done``. ``bytes_per_token``: by
+    address and location, as ``Built`` has it."""
 
     def __init__(self, bytes_per_token: Mapping[str, int], controller: str = "ctl") -> None:
         self.bytes_per_token: Mapping[str, int] = bytes_per_token
@@ -226,27 +227,27 @@ class PhaseTracker:
         move = self._open.get(event)
         if move is None:
             return
-        for rid, after, lens in _copies(effects):
+        for rid, after, location, lens in _copies(effects):
             if rid not in self._event_of:  # a Push may be sent again
                 if after in self._event_of:
                     move.behind[rid] = None
                 else:
                     move.started_ns = max(move.started_ns, now)
-                self._add(node, event, move, rid, lens)
+                self._add(f"{node}/{location}", event, move, rid, lens)
 
     def _went_on(self, node: str, effects: Sequence[Effect]) -> None:
         """A part of a move is there: it may have begun the next one's copy."""
-        for rid, after, lens in _copies(effects):
+        for rid, after, location, lens in _copies(effects):
             event = self._event_of.get(after, 0)
             move = self._open.get(event)
             if move is not None and rid not in self._event_of:
                 move.behind[rid] = None
-                self._add(node, event, move, rid, lens)
+                self._add(f"{node}/{location}", event, move, rid, lens)
 
-    def _add(self, node: str, event: int, move: _Open, rid: Rid, lens: Tuple[int, ...]) -> None:
+    def _add(self, at: str, event: int, move: _Open, rid: Rid, lens: Tuple[int, ...]) -> None:
         self._event_of[rid] = event
         move.rids.append(rid)
-        move.bytes += sum(lens) * self.bytes_per_token.get(node, 0)
+        move.bytes += sum(lens) * self.bytes_per_token.get(at, 0)
 
     def _copied(self, now: int, rid: Rid) -> None:
         move = self._open.get(self._event_of.get(rid, 0))
@@ -264,14 +265,14 @@ class PhaseTracker:
         )
 
 
-def _copies(effects: Sequence[Effect]) -> List[Tuple[Rid, Rid, Tuple[int, ...]]]:
-    """(id, the one before it in its move, lens) of the copies that a destination begins or asks for."""
-    found: List[Tuple[Rid, Rid, Tuple[int, ...]]] = []
+def _copies(effects: Sequence[Effect]) -> List[Tuple[Rid, Rid, str, Tuple[int, ...]]]:
+    """(id, the one before it in its move, location, lens) of the copies that a destination begins or asks for."""
+    found: List[Tuple[Rid, Rid, str, Tuple[int, ...]]] = []
     for effect in effects:
         if type(effect) is StartCopy:
-            found.append((effect.rid, effect.after, effect.lens))
+            found.append((effect.rid, effect.after, effect.location, effect.lens))
         elif type(effect) is Send and type(effect.msg) is Push:
-            found.append((effect.msg.rid, effect.msg.after, effect.msg.lens))
+            found.append((effect.msg.rid, effect.msg.after, effect.msg.location, effect.msg.lens))
     return found
 
 

@@ -54,8 +54,11 @@ class Move(Body, frozen=True, kw_only=True):
 
 
 class Lookup(Body, frozen=True, kw_only=True):
+    """``of``: a place whose KV is meant, where there is that of more than one model (``a/Draft``)."""
+
     prompt: str
     tokens: Optional[Tokens] = None
+    of: str = ""
 
 
 class Use(Body, frozen=True, kw_only=True):

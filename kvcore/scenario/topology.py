@@ -96,9 +96,13 @@ class Link(Part, frozen=True, kw_only=True):
 
 
 class LocationSpec(Part, frozen=True, kw_only=True):
-    """``LocalCPUBackend: 2 GiB`` is short for ``{size: 2 GiB}``. The size is of all ranks together."""
+    """``LocalCPUBackend: 2 GiB`` is short for ``{size: 2 GiB}``. The size is of all ranks together, and so is that of a
+    ``slot``, if it is larger than a chunk. ``namespace``: fields that differ from the instance's, for another model's
+    KV."""
 
     size: Size
+    slot: Optional[Size] = None
+    namespace: Dict[str, Union[str, int]] = {}
     bandwidth: Optional[Rate] = None
     latency: Optional[Duration] = None
 

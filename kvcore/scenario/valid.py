@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import re
-from typing import Dict, Final, Iterator, List, Optional, Tuple
+from typing import Dict, Final, Iterator, List, Mapping, Optional, Tuple, Union
 
 from kvcore.protocol.config import ConfigError, Rules
 from kvcore.protocol.messages import Namespace
@@ -110,7 +110,7 @@ def _instances(scenario: Scenario) -> Iterator[Mistake]:
             yield Mistake((*path, "locations"), "found none, expected at least one such as 'LocalCPUBackend: 2 GiB'")
         else:
             yield from _locations(scenario, name)
-        yield from _namespace(name, scenario)
+        yield from _namespace(("instances", name), instance.namespace)
 
 
 def _role(name: str) -> str:
@@ -123,21 +123,34 @@ def _token_bytes(scenario: Scenario) -> int:
 
 
 def _locations(scenario: Scenario, name: str) -> Iterator[Mistake]:
-    chunk = scenario.kv.chunk_tokens * _token_bytes(scenario)
+    ranks = scenario.instances[name].ranks
     for place, spec in scenario.instances[name].locations.items():
         path: Path = ("instances", name, "locations", place)
         why = bad_name(place)
         if why:
             yield Mistake(path, why, True)
-        if spec.size.bytes < chunk:
-            tokens = scenario.kv.chunk
-            text = f"{spec.size} is less than one chunk: {tokens} of {_token_bytes(scenario)} bytes are {chunk} bytes"
+        wrong = list(_namespace(path, spec.namespace))
+        if "ranks" in spec.namespace:
+            text = "found ranks, which are the whole instance's, expected none here"
+            wrong.append(Mistake((*path, "namespace", "ranks"), text, True))
+        yield from wrong
+        if wrong:
+            continue
+        tokens = int(spec.namespace.get("chunk_tokens", scenario.kv.chunk_tokens))
+        size = int(spec.namespace.get("bytes_per_token", 0)) * ranks or _token_bytes(scenario)
+        chunk = tokens * size
+        if spec.slot is not None and spec.slot.bytes < chunk:
+            yield Mistake((*path, "slot"), f"{spec.slot} is less than one chunk of {chunk} bytes")
+        elif spec.size.bytes < chunk:
+            text = f"{spec.size} is less than one chunk: {tokens} tokens of {size} bytes are {chunk} bytes"
             yield Mistake((*path, "size"), text)
+        elif spec.slot is not None and spec.size.bytes < spec.slot.bytes:
+            yield Mistake((*path, "size"), f"{spec.size} is less than one slot of {spec.slot}")
 
 
-def _namespace(name: str, scenario: Scenario) -> Iterator[Mistake]:
-    for key, value in scenario.instances[name].namespace.items():
-        path: Path = ("instances", name, "namespace", key)
+def _namespace(at: Path, changes: Mapping[str, Union[str, int]]) -> Iterator[Mistake]:
+    for key, value in changes.items():
+        path: Path = (*at, "namespace", key)
         if key not in NAMESPACE_FIELDS:
             yield Mistake(path, unknown("namespace field", key, NAMESPACE_FIELDS), True)
             continue

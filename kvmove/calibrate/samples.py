@@ -115,7 +115,7 @@ def _tasks(part: Part, lines: list[Line], fills: dict[int, list[float]], reads: 
     for line in lines:
         for effect in line.out:
             if isinstance(effect, (StartFill, StartRead)):
-                nbytes = sum(effect.lens) * sizes.get(line.node, 0)
+                nbytes = sum(effect.lens) * sizes.get(f"{line.node}/{effect.location}", 0)
                 begun[(line.node, effect.fid, isinstance(effect, StartFill))] = (line.t, nbytes)
         item = line.input
         if isinstance(item, (FillDone, ReadDone)):

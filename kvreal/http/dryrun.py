@@ -37,18 +37,18 @@ def dry_run(
         destinations, reason, detail = registry.place(dst)
     if sources is None or destinations is None:
         return refusal(reason, detail)
-    difference = namespace_mismatch(sources[0].register.namespace, destinations[0].register.namespace)
+    difference = namespace_mismatch(sources[0].space(src[1]), destinations[0].space(dst[1]))
     if difference is not None:
         return refusal("mismatch", f"source {difference[0]}; destination {difference[1]}")
     chunks = _held(registry, src, keys, lens)
     there = registry.places[dst]
     absent = [tokens for key, tokens in chunks if not _has(registry, there, key)]
-    block = sources[0].register.namespace.block_tokens
+    block = sources[0].space(src[1]).block_tokens
     crossing = sum(-(-tokens // block) * block for tokens in absent)
     views = [rank.views[dst[1]] for rank in destinations]
     slots = [loc.slots for rank in destinations for loc in rank.register.locations if loc.name == dst[1]]
     free = min(n - len(view.entries) for n, view in zip(slots, views))
-    sizes = [rank.register.namespace.bytes_per_token for rank in sources]
+    sizes = [rank.space(src[1]).bytes_per_token for rank in sources]
     held = sum(tokens for _, tokens in chunks)
     fits = len(absent) <= (free if if_room else min(slots))
     inside = src[0] == dst[0]

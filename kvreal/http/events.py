@@ -171,7 +171,7 @@ class EventLog:
             children = self.records[record.parent].children
             if len(children) < MAX_CHILDREN:
                 children.append(number)
-        spaces = [rank.register.namespace for rank in machine.registry.instance(request.src[0]) or []]
+        spaces = [rank.space(request.src[1]) for rank in machine.registry.instance(request.src[0]) or []]
         record.bytes_per_token = [space.bytes_per_token for space in spaces]
         record.block_tokens = max([space.block_tokens for space in spaces], default=1)
         record.enter("copying" if record.many else "pinning", now)

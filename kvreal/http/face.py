@@ -31,6 +31,7 @@ from kvcore.protocol.messages import (
     event_number,
     terms,
 )
+from kvcore.protocol.registry import space_of
 from kvcore.scenario.profile import Profile
 from kvreal.http import models as b
 from kvreal.http.dryrun import dry_run
@@ -80,7 +81,7 @@ class Face:
         self.log: EventLog = log
         self.settings: Settings = settings
         #: what each instance's keys are made from, also of those that have not been heard since a restart
-        self.namespaces: Dict[str, Namespace] = {}
+        self.registers: Dict[str, Register] = {}
         #: each namespace that some instance has; None: to be gathered anew
         self.spaces: Optional[List[Namespace]] = None
         self.members: Members = Members(self.machine, service.node.now, self._nowhere)
@@ -93,24 +94,24 @@ class Face:
         if isinstance(item, m.Boot):
             for record in item.journal:
                 if isinstance(record, m.EpochIssued):
-                    self.namespaces[record.register.instance] = record.register.namespace
+                    self.registers[record.register.instance] = record.register
         for effect in effects:
             if isinstance(effect, m.Journal) and isinstance(effect.record, m.EpochIssued):
-                register: Register = effect.record.register
-                self.namespaces[register.instance] = register.namespace
+                self.registers[effect.record.register.instance] = effect.record.register
             elif isinstance(effect, m.Note) and effect.kind == "believed":
                 self.spaces = None
 
-    def _namespace(self, instance: str) -> Optional[Namespace]:
+    def _namespace(self, instance: str, location: str) -> Optional[Namespace]:
         rank = self.machine.registry.ranks.get((instance, 0))
-        return rank.register.namespace if rank is not None else self.namespaces.get(instance)
+        register = rank.register if rank is not None else self.registers.get(instance)
+        return space_of(register, location) if register is not None else None
 
-    def _keys(self, instance: str, tokens: Sequence[int], salt: str) -> Optional[Chunks]:
-        namespace = self._namespace(instance)
+    def _keys(self, instance: str, location: str, tokens: Sequence[int], salt: str) -> Optional[Chunks]:
+        namespace = self._namespace(instance, location)
         return _keys_of(namespace, tokens, salt) if namespace is not None else None
 
     def _step(self, body: b.MoveBody) -> int:
-        namespace = self._namespace(body.old_position[0]) if body.granularity == "prefix" else None
+        namespace = self._namespace(*body.old_position) if body.granularity == "prefix" else None
         return step_chunks(namespace) if namespace is not None else 0
 
     # ---- who is there
@@ -147,7 +148,7 @@ class Face:
         keys: Tuple[Key, ...] = ()
         lens: Tuple[int, ...] = ()
         if body.tokens:
-            found = self._keys(body.old_position[0], body.tokens, body.cache_salt)
+            found = self._keys(*body.old_position, body.tokens, body.cache_salt)
             if found is None:
                 return self._nowhere(body.old_position) or refusal("not_ready", "its registration is not complete")
             keys, lens = found
@@ -297,7 +298,9 @@ class Face:
     def _spaces(self) -> List[Namespace]:
         """A thousand instances mostly have one. One that has gone costs a lookup that finds nothing."""
         if self.spaces is None:
-            self.spaces = list({rank.register.namespace: None for rank in self.machine.registry.ranks.values()})
+            self.spaces = list(
+                {space: None for rank in self.machine.registry.ranks.values() for space in rank.spaces()}
+            )
         return self.spaces
 
     async def pin(self, body: b.PinBody, seconds: float = 0.0) -> Reply:
@@ -305,7 +308,7 @@ class Face:
         nowhere = self._nowhere(position)
         if nowhere is not None:
             return nowhere
-        found = self._keys(body.instance_id, body.tokens, body.cache_salt)
+        found = self._keys(body.instance_id, body.location, body.tokens, body.cache_salt)
         if found is None:
             return refusal("not_ready", "its registration is not complete")
         answer = await self.service.ask(PinRequest("", position, *found, lease_ns=round(seconds * NS)))

@@ -66,8 +66,8 @@ class Gauges(Collector):
         used_bytes = _family("kvmove_pool_used_bytes", "Memory that visible chunks take.", *_PLACE)
         capacity = _family("kvmove_pool_capacity_bytes", "Memory of a location.", *_PLACE)
         for place, rank, view, count in self._views():
-            space = rank.register.namespace
-            slot = space.chunk_tokens * space.bytes_per_token
+            location = next(one for one in rank.register.locations if one.name == view.place.location)
+            slot = location.slot_size(rank.register.namespace)
             used.add_metric(place, len(view.entries))
             slots.add_metric(place, count)
             used_bytes.add_metric(place, len(view.entries) * slot)

@@ -105,7 +105,8 @@ class Face:
 
     def __init__(self, serving: Serving, healthy: Callable[[], str], warn: Callable[[str], None]) -> None:
         self.serving: Serving = serving
-        self.model: str = serving.file.namespace.model
+        self.models: List[str] = serving.file.models
+        self.model: str = self.models[0]
         self.max_model_len: int = serving.file.max_model_len
         self.healthy: Callable[[], str] = healthy
         """"" or why not."""
@@ -115,8 +116,9 @@ class Face:
 
     # ---- what a request means
     def check_model(self, model: Optional[str]) -> None:
-        if model is not None and model != self.model:
-            raise Refusal(404, f"The model `{model}` does not exist; this instance serves `{self.model}`.", "model")
+        if model is not None and model not in self.models:
+            known = ", ".join(f"`{name}`" for name in self.models)
+            raise Refusal(404, f"The model `{model}` does not exist; this instance serves {known}.", "model")
 
     def ids(self, prompt: Union[str, List[int]], body: CompletionBody) -> List[int]:
         tokenizer = self.serving.tokenizer
@@ -141,7 +143,7 @@ class Face:
     async def serve(self, ids: List[int], body: CompletionBody) -> Served:
         self.metrics.running.inc()
         try:
-            served = await self.serving.serve(ids, body.cache_salt or "")
+            served = await self.serving.serve(ids, body.cache_salt or "", body.model or "")
         finally:
             self.metrics.running.dec()
         self.metrics.count(len(ids), served)
@@ -165,7 +167,7 @@ class Face:
             "id": f"cmpl-{uuid.uuid4().hex}",
             "object": "text_completion",
             "created": int(time.time()),
-            "model": self.model,
+            "model": body.model or self.model,
         }
         if body.stream:
             return StreamingResponse(self.stream(head, prompts, body), media_type="text/event-stream")
@@ -279,9 +281,9 @@ def make_app(
 
     @app.get("/v1/models")
     async def models() -> Dict[str, Any]:
-        card = {"id": face.model, "object": "model", "created": face.began_s, "owned_by": "kvmove",
-                "root": face.model, "parent": None, "max_model_len": face.max_model_len}  # fmt: skip
-        return {"object": "list", "data": [card]}
+        cards = [{"id": name, "object": "model", "created": face.began_s, "owned_by": "kvmove", "root": name,
+                  "parent": None, "max_model_len": face.max_model_len} for name in face.models]  # fmt: skip
+        return {"object": "list", "data": cards}
 
     @app.post("/v1/completions")
     async def completions(body: CompletionBody) -> Response:

@@ -94,17 +94,18 @@ def _fields(namespace: Namespace) -> Dict[str, Any]:
 
 
 def _rank_view(rank: Rank, now: int) -> b.RankView:
-    space = rank.register.namespace
-    size, chunk, block = space.bytes_per_token, space.chunk_tokens, space.block_tokens
     places = []
     for location in rank.register.locations:
+        space = rank.space(location.name)
+        size, block = space.bytes_per_token, space.block_tokens
         entries = rank.views[location.name].entries
         tokens = sum(entry.num_tokens for entry in entries.values())
         whole = sum(-(-entry.num_tokens // block) * block for entry in entries.values()) if block > 1 else tokens
         places.append(
             b.LocationView(
                 name=location.name, slots=location.slots, chunks=len(entries), tokens=tokens, bytes=whole * size,
-                capacity_bytes=location.slots * chunk * size,
+                capacity_bytes=location.slots * location.slot_size(rank.register.namespace),
+                namespace=_fields(space) if location.namespace is not None else None,
             )
         )  # fmt: skip
     return b.RankView(

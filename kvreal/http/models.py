@@ -212,6 +212,8 @@ class LocationView(Reply, frozen=True, kw_only=True):
     tokens: int
     bytes: int
     capacity_bytes: int
+    namespace: Optional[Dict[str, Any]] = None
+    """What KV lies there, if not the instance's."""
 
 
 class RankView(Reply, frozen=True, kw_only=True):

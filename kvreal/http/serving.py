@@ -61,25 +61,31 @@ class Serving:
         )
         self.numbers: Iterator[int] = itertools.count(1)
 
-    async def serve(self, ids: Sequence[int], salt: str = "") -> Served:
-        """Load the longest prefix that every rank holds, then store all of the prompt. RankGone."""
-        keys, lens = chunk_keys(self.file.namespace, ids, "", salt)
-        if not self.file.save_unfull_chunk and lens and lens[-1] < self.file.namespace.chunk_tokens:
+    async def serve(self, ids: Sequence[int], salt: str = "", model: str = "") -> Served:
+        """Load the longest prefix that every rank holds, then store all of the prompt: of the instance's own model, or
+        of another that it has locations for. RankGone."""
+        places = self.file.searched(model)
+        space = places[0].namespace or self.file.namespace
+        places = [place for place in places if (place.namespace or self.file.namespace) == space]
+        keys, lens = chunk_keys(space, ids, "", salt)
+        if not self.file.save_unfull_chunk and lens and lens[-1] < space.chunk_tokens:
             keys, lens = keys[:-1], lens[:-1]
         if not keys:
             return Served(0, 0)
         held = 0
         wrong = False
-        for location in self.file.searched:
-            answers = await self._all(UseRequest("use", location, keys, lens))
+        for place in places:
+            answers = await self._all(UseRequest("use", place.name, keys, lens))
             wrong = wrong or any(answer.reason == "wrong_bytes" for answer in answers)
             held = max(held, min(answer.num_tokens if answer.state == "ok" else 0 for answer in answers))
             if held == sum(lens):
                 break
-        return await self._store(keys, lens, held, wrong)
+        return await self._store(places[0].name, keys, lens, held, wrong)
 
-    async def _store(self, keys: Tuple[Key, ...], lens: Tuple[int, ...], held: int, wrong: bool) -> Served:
-        answers = await self._all(StoreRequest("store", self.file.store_at, keys, lens))
+    async def _store(
+        self, location: str, keys: Tuple[Key, ...], lens: Tuple[int, ...], held: int, wrong: bool
+    ) -> Served:
+        answers = await self._all(StoreRequest("store", location, keys, lens))
         stored = min(answer.num_tokens if answer.state == "ok" else 0 for answer in answers)
         why = next((answer.reason for answer in answers if answer.state != "ok"), "")
         return Served(held, stored, why or ("full" if stored < sum(lens) else ""), wrong)

@@ -20,6 +20,11 @@ from kvreal.transfer.line import parse
 from kvreal.transfer.window import Window, hang_up
 
 
+def _row_of(card: str, location: str) -> str:
+    """``arena/row`` of a location in a card; "" if it lies in none."""
+    return next((row for name, _, row in (one.partition("=") for one in card.split(" ")) if name == location), "")
+
+
 class ArenaCarrier(Carrier):
     name = "arena"
     soils = False
@@ -30,16 +35,17 @@ class ArenaCarrier(Carrier):
             raise TransferError("no arena is named (kvmove.arena, or --arena)")
 
     def card(self) -> str:
-        return card(self.memory.member) if self.memory.member is not None else ""
+        """Of each location there: its name, its arena and this process's row in it."""
+        return " ".join(f"{name}={card(member)}" for name, (member, _) in self.memory.rows.items())
 
-    def reaches(self, card: str, mine: str, theirs: str) -> bool:
-        here = self.card().rpartition("/")[0]
-        return mine == theirs == "cpu" and bool(here) and card.rpartition("/")[0] == here
+    def between(self, card: str, mine: str, theirs: str) -> bool:
+        here, there = _row_of(self.card(), mine), _row_of(card, theirs)
+        return bool(here) and here.rpartition("/")[0] == there.rpartition("/")[0]
 
     def carry(self, job: Job, link: Link) -> str:
         effect = job.copy.effect
-        member = self._member()
-        peer = int((parse(job.copy.endpoint).card(self.name) or "").rpartition("/")[2])
+        member = self._member(effect.location)
+        peer = int(_row_of(parse(job.copy.endpoint).card(self.name) or "", effect.peer_location).rpartition("/")[2])
         mine = self.memory.row(effect.location, job.spans.mine)
         theirs = link.at
         job.began()
@@ -53,10 +59,11 @@ class ArenaCarrier(Carrier):
         job.moved = job.nbytes
         return "arena"
 
-    def _member(self) -> Member:
-        if self.memory.member is None:
-            raise TransferError("this process has nothing in the arena")
-        return self.memory.member
+    def _member(self, location: str) -> Member:
+        member = self.memory.member(location)
+        if member is None:
+            raise TransferError(f"{location} does not lie in the arena")
+        return member
 
     def _spoil(self, member: Member, peer: int, theirs: Ints, job: Job) -> None:
         """Turn a byte over in what the peer has got, and in that only."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, List, Optional
 
-from kvreal.memory import Memory
+from kvreal.memory import Memory, kind_of
 from kvreal.spans import Ints, Slots, unpacked
 from kvreal.transfer.job import Job
 from kvreal.transfer.line import Line
@@ -50,6 +50,10 @@ class Carrier:
     def card(self) -> str:
         """What a peer's ``reaches`` judges by; no comma, no ``|``."""
         return ""
+
+    def between(self, card: str, mine: str, theirs: str) -> bool:
+        """``reaches`` of two locations, by name. For a transport to which one location is not like another."""
+        return self.reaches(card, kind_of(mine), kind_of(theirs))
 
     def reaches(self, card: str, mine: str, theirs: str) -> bool:
         """Whether it can carry bytes between a location of mine and one of the peer's, of which ``card`` tells and

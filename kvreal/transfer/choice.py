@@ -58,7 +58,7 @@ def choose(job: Job, carriers: Dict[str, Carrier], endpoint: Endpoint, profile: 
     able: List[str] = []
     for name, carrier in carriers.items():
         card = endpoint.card(name)
-        if card is not None and carrier.reaches(card, mine, theirs):
+        if card is not None and carrier.between(card, effect.location, effect.peer_location):
             able.append(name)
     if not able:
         have = ", ".join(name for name, _ in endpoint.cards)

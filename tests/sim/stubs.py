@@ -86,7 +86,6 @@ class Stage:
             instances=instances or {},
             network=network or schema.Network(nic=schema.Link(bandwidth=Rate.parse("1 GB/s"))),
             faults=faults,
-            bytes_per_token={f"{n}/0": 1 for n in names},
         )
         self.plan = FaultPlan(faults, config, self.built.nodes)
         self.actions: List[Any] = []

@@ -128,7 +128,7 @@ class Desk:
         self.space: Namespace = file.namespace
         self.store_at: str = file.store_at
         self.save_unfull: bool = file.save_unfull_chunk
-        self.locations: List[str] = file.searched
+        self.locations: List[str] = [place.name for place in file.searched()]
         self.engine: Elsewhere = local.service.worker.engine
         self.holds: Dict[str, Hold] = {}
         self.fills: Dict[str, Tuple[m.StartFill, asyncio.Future[Answer], object]] = {}

@@ -48,7 +48,7 @@ def test_ranks_share_tokens_and_space() -> None:
     assert isinstance(worker, WorkerSpec)
     assert (worker.name, worker.instance, worker.rank) == ("a/1", "a", 1)
     assert worker.namespace.bytes_per_token == 2 and worker.namespace.ranks == 2
-    assert built.slot_bytes == {"a/0": 4, "a/1": 4} and built.bytes_per_token == {"a/0": 2, "a/1": 2}
+    assert built.bytes_per_token == {"a/0/cpu": 2, "a/1/cpu": 2}
     assert worker.locations[0].slots == 8
     assert built.ranks("a") == ("a/0", "a/1")
 

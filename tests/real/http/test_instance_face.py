@@ -16,7 +16,7 @@ from fastapi.testclient import TestClient
 
 from kvcore.protocol.chunks import chunk_keys
 from kvcore.protocol.config import Config
-from kvcore.protocol.messages import Answer, Namespace, StoreRequest, UseRequest
+from kvcore.protocol.messages import Answer, Location, Namespace, StoreRequest, UseRequest
 from kvreal.http.instance import make_app
 from kvreal.http.serving import RankGone, Serving, cut
 from kvreal.instance_file import InstanceFile
@@ -63,7 +63,8 @@ class FakeRank:
 def file(**changes: Any) -> InstanceFile:
     values: dict[str, Any] = {
         "path": "i.yaml", "instance": "a", "namespace": SPACE, "store_at": "LocalCPUBackend",
-        "controller": ("localhost", 1), "locations": (("LocalCPUBackend", 9), ("LocalDiskBackend", 9)), "reply": None,
+        "controller": ("localhost", 1), "reply": None,
+        "places": (Location("LocalCPUBackend", 9), Location("LocalDiskBackend", 9)),
         "host": "localhost", "worker_ports": (), "data_ports": (), "transport": "tcp",
         "arena": "", "arena_bytes": 0, "save_unfull_chunk": True,
         "config": Config(), "disk_path": "", "tokenizer": "", "max_model_len": 200, "keys": "", "ignored": (),
