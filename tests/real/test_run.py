@@ -5,8 +5,11 @@ from __future__ import annotations
 import signal
 from pathlib import Path
 
+import msgspec
 import pytest
 
+from kvcore.protocol.config import WorkerSpec
+from kvcore.protocol.messages import Location
 from kvcore.scenario.history import HistoryError, check_replay, read
 from kvcore.scenario.result import Result
 from kvreal.pool import Pool
@@ -163,11 +166,13 @@ def test_a_history_that_cannot_be_there_is_one_line(pool: Pool) -> None:
 
 def test_too_much_memory_is_one_line(pool: Pool) -> None:
     built = scenario()
-    too_much = scenario().slot_bytes["a/0"]
-    assert too_much == 16 * 1024
-    import msgspec
-
-    huge = msgspec.structs.replace(built, slot_bytes=dict.fromkeys(built.slot_bytes, 1 << 50))
+    specs = tuple(
+        msgspec.structs.replace(spec, locations=(Location("LocalCPUBackend", 64, slot_bytes=1 << 50),))
+        if isinstance(spec, WorkerSpec)
+        else spec
+        for spec in built.specs
+    )
+    huge = msgspec.structs.replace(built, specs=specs)
     with pytest.raises(RunError, match="ask for .* bytes, this machine has"):
         run(huge, pool=pool)
     assert run(scenario(), pool=pool).clean
