@@ -359,11 +359,11 @@ class Memory:
         """Slots that lie one after another at once: a copy may have thousands."""
         size = self.places[location].slot_bytes
         for run in self.ranges(location, slots, np.full(len(slots), size)):
-            rows = run.reshape(-1, size)
-            rows[:, :64] = POISON
-            rows[:, -64:] = POISON
+            run[:64] = run[-64:] = POISON
+            if len(run) > size >= 64:  # the end of one slot and the beginning of the next are one piece
+                run[size - 64 : -64].reshape(-1, size)[:, :128] = POISON
             if size > POISON_STRIDE:
-                rows[:, ::POISON_STRIDE] = POISON
+                run.reshape(-1, size)[:, ::POISON_STRIDE] = POISON
 
     def wipe(self, keep: Sequence[Tuple[str, int]] = ()) -> int:
         """Overwrite every slot that was ever written and is not in ``keep``; returns how many bytes."""

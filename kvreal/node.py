@@ -67,7 +67,7 @@ class Node:
             self.journal = Journal(Path(assign.journal))
         self.history: NoHistory = NoHistory()
         if assign.history:
-            header = Header(VERSION, "real", built.name, built.seed, None, self.name)
+            header = Header(VERSION, "real", built.name, built.seed, None, self.name, packed=True)
             self.history = FileHistory(Path(assign.history), header)
         self.epoch: int = 0
         self.later: List[Tuple[int, int, Callable[[], None]]] = []

@@ -7,9 +7,11 @@ The first line is a ``Header``; it holds what was built, so that a log can be re
 from __future__ import annotations
 
 import heapq
+import itertools
+import struct
 import warnings
 from pathlib import Path
-from typing import BinaryIO, Callable, Dict, Final, Iterable, Iterator, List, Optional, Sequence, Tuple
+from typing import BinaryIO, Callable, Dict, Final, Iterable, Iterator, List, Optional, Sequence, Tuple, Union
 
 import msgspec
 
@@ -21,6 +23,10 @@ from kvcore.scenario.units import dec_hook, enc_hook
 VERSION: Final = 1
 #: A stream is written when so many bytes are waiting.
 _CHUNK_BYTES: Final = 1 << 18
+#: Before each packed line: its bytes.
+_SIZE: Final = struct.Struct("<I")
+
+Encoder = Union[msgspec.json.Encoder, msgspec.msgpack.Encoder]
 
 
 class HistoryError(Exception):
@@ -28,7 +34,8 @@ class HistoryError(Exception):
 
 
 class Header(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True, tag="kvmove history"):
-    """``world``: sim or real. ``node``: set in the file of one process; ``built`` may be left out there."""
+    """``world``: sim or real. ``node``: set in the file of one process; ``built`` may be left out there. ``packed``:
+    its lines are no JSON but frames of msgpack, for a process whose moves are timed: they cost a third."""
 
     version: int
     world: str
@@ -36,6 +43,7 @@ class Header(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fie
     seed: int = 0
     built: Optional[Built] = None
     node: str = ""
+    packed: bool = False
 
 
 class Line(msgspec.Struct, frozen=True, gc=False, forbid_unknown_fields=True):
@@ -90,7 +98,9 @@ class FileHistory(NoHistory):
     def __init__(self, path: Path, header: Header) -> None:
         super().__init__(True)
         self.path: Path = path
-        self._encoder: msgspec.json.Encoder = msgspec.json.Encoder(enc_hook=enc_hook)
+        json = msgspec.json.Encoder(enc_hook=enc_hook)
+        self._packed: bool = header.packed
+        self._encoder: Encoder = msgspec.msgpack.Encoder(enc_hook=enc_hook) if header.packed else json
         self._buffer: bytearray = bytearray()
         self._file: Optional[BinaryIO] = None
         try:
@@ -98,13 +108,19 @@ class FileHistory(NoHistory):
             self._file = open(path, "wb", buffering=0)  # noqa: SIM115
         except OSError as error:
             raise HistoryError(f"{path}: cannot write the history: {error.strerror}") from error
-        self._buffer += self._encoder.encode(header) + b"\n"
+        self._buffer += json.encode(header) + b"\n"
         self.flush()
 
     def add(self, t: int, node: str, item: Input, out: List[Effect]) -> None:
         buffer = self._buffer
-        self._encoder.encode_into(Line(t, node, item, out), buffer, -1)
-        buffer += b"\n"
+        start = len(buffer)
+        if self._packed:
+            buffer += _SIZE.pack(0)
+            self._encoder.encode_into(Line(t, node, item, out), buffer, -1)
+            _SIZE.pack_into(buffer, start, len(buffer) - start - _SIZE.size)
+        else:
+            self._encoder.encode_into(Line(t, node, item, out), buffer, -1)
+            buffer += b"\n"
         if len(buffer) > _CHUNK_BYTES:
             self.flush()
 
@@ -174,7 +190,7 @@ def _read_raw(path: Path, warn: Callable[[str], None]) -> Tuple[Header, Iterator
     if header.version != VERSION:
         file.close()
         raise HistoryError(f"{path}:1: history of version {header.version}, expected {VERSION}")
-    return header, _rest(path, file, warn)
+    return header, _unpacked(path, file, warn) if header.packed else _rest(path, file, warn)
 
 
 def _rest(path: Path, file: BinaryIO, warn: Callable[[str], None]) -> Iterator[Tuple[int, bytes]]:
@@ -189,6 +205,25 @@ def _rest(path: Path, file: BinaryIO, warn: Callable[[str], None]) -> Iterator[T
                 warn(f"{path}:{number}: the last line was cut off and is dropped")
                 return
             yield number, text
+
+
+def _unpacked(path: Path, file: BinaryIO, warn: Callable[[str], None]) -> Iterator[Tuple[int, bytes]]:
+    """Frames as the lines that they stand for."""
+    decode, encode = msgspec.msgpack.Decoder(Line).decode, msgspec.json.Encoder(enc_hook=enc_hook).encode
+    with file:
+        for number in itertools.count(2):
+            head = file.read(_SIZE.size)
+            if not head:
+                return
+            size = _SIZE.unpack(head)[0] if len(head) == _SIZE.size else 1
+            body = file.read(size)
+            if len(body) < size:
+                warn(f"{path}:{number}: the last line was cut off and is dropped")
+                return
+            try:
+                yield number, encode(decode(body))
+            except msgspec.DecodeError as error:
+                raise HistoryError(f"{path}:{number}: not a line of a history: {error}") from error
 
 
 def merge(paths: Sequence[Path], out: Path, header: Header, warn: Callable[[str], None] = _warn) -> None:

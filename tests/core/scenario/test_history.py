@@ -38,8 +38,8 @@ def lines(count: int, node: str = "a/0", start: int = 0, step: int = 10) -> List
     return [Line(start + step * i, node, Boot(nonce=i), [Note("n", i)]) for i in range(count)]
 
 
-def write(path: Path, items: List[Line], node: str = "") -> Header:
-    head = Header(1, "real", "s", node=node)
+def write(path: Path, items: List[Line], node: str = "", packed: bool = False) -> Header:
+    head = Header(1, "real", "s", node=node, packed=packed)
     sink = FileHistory(path, head)
     for line in items:
         sink.add(line.t, line.node, line.input, line.out)
@@ -233,6 +233,38 @@ def test_merging_names_a_damaged_line(tmp_path: Path) -> None:
     write(tmp_path / "a", lines(2))
     (tmp_path / "a").write_bytes((tmp_path / "a").read_bytes().replace(b'"t":10', b'"t":oh'))
     with pytest.raises(HistoryError, match="a:3: not a line"):
+        merge([tmp_path / "a"], tmp_path / "out", Header(1, "real", "s"))
+
+
+def test_packed_lines_are_the_same_lines(tmp_path: Path) -> None:
+    _, tiny, _ = play(steps=STEPS)
+    assert isinstance(tiny.history, ListHistory)
+    items = tiny.history.lines
+    for name, packed in (("plain", False), ("packed", True)):
+        write(tmp_path / name, items, packed=packed)
+    assert list(read(tmp_path / "packed")[1]) == items
+    head = Header(1, "real", "s")
+    for name in ("plain", "packed"):
+        merge([tmp_path / name], tmp_path / f"of {name}", head)
+    assert (tmp_path / "of packed").read_bytes() == (tmp_path / "of plain").read_bytes()
+
+
+@pytest.mark.parametrize("cut", [1, 9, 40])
+def test_a_packed_line_that_was_cut_off_is_dropped(tmp_path: Path, cut: int) -> None:
+    path = tmp_path / "a"
+    write(path, lines(1), packed=True)
+    whole = path.stat().st_size
+    write(path, lines(2), packed=True)
+    path.write_bytes(path.read_bytes()[: min(whole + cut, path.stat().st_size - 1)])
+    said: List[str] = []
+    merge([path], tmp_path / "out", Header(1, "real", "s"), said.append)
+    assert list(read(tmp_path / "out")[1]) == lines(1) and len(said) == 1 and "a:3" in said[0]
+
+
+def test_a_damaged_packed_line_is_named(tmp_path: Path) -> None:
+    write(tmp_path / "a", lines(2), packed=True)
+    (tmp_path / "a").write_bytes((tmp_path / "a").read_bytes().replace(b"Boot", b"Boat", 1))
+    with pytest.raises(HistoryError, match="a:2: not a line"):
         merge([tmp_path / "a"], tmp_path / "out", Header(1, "real", "s"))
 
 
