@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import mmap
 import os
 import shutil
@@ -43,6 +44,10 @@ class ArenaError(Exception):
     """The arena cannot be had, or has no room; the message says why."""
 
 
+class Changed(ArenaError):
+    """A member is in another life, or its slots lie elsewhere."""
+
+
 class Arena:
     """A folder of small files and one large one, mapped by every member. All methods are safe between threads and
     processes."""
@@ -63,7 +68,7 @@ class Arena:
     def _map(self) -> None:
         path = self.folder / "pool"
         members = self._alive()
-        tables = PAGE + MEMBERS * (ID_BYTES + 8) + self.slots * 4 + MEMBERS * self.slots * 4
+        tables = PAGE + MEMBERS * (ID_BYTES + 16) + self.slots * 4 + MEMBERS * self.slots * 4
         start = -(-tables // PAGE) * PAGE
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
@@ -86,6 +91,9 @@ class Arena:
         self.ids: npt.NDArray[np.uint8] = np.frombuffer(self.map, np.uint8, MEMBERS * ID_BYTES, at).reshape(MEMBERS, -1)
         at += MEMBERS * ID_BYTES
         self.reserved: npt.NDArray[np.int64] = np.frombuffer(self.map, np.int64, MEMBERS, at)
+        at += MEMBERS * 8
+        #: what a member's row means, by a number of no meaning: it has another whenever that changes
+        self.marks: npt.NDArray[np.int64] = np.frombuffer(self.map, np.int64, MEMBERS, at)
         at += MEMBERS * 8
         self.refs: Row = np.frombuffer(self.map, np.int32, self.slots, at)
         at += self.slots * 4
@@ -140,21 +148,21 @@ class Arena:
 
     # ---- members
     def _alive(self) -> List[int]:
-        """Members whose process lives. (It holds the lock of its file; ours do not count as others'.)"""
-        found = []
-        for number in range(MEMBERS):
-            if number in self.own:
-                found.append(number)
-                continue
-            with contextlib.suppress(FileNotFoundError):
-                fd = os.open(self.folder / f"member-{number}", os.O_RDWR | os.O_CLOEXEC)
-                try:
-                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    found.append(number)
-                finally:
-                    os.close(fd)
-        return found
+        return [number for number in range(MEMBERS) if self._lives(number)]
+
+    def _lives(self, number: int) -> bool:
+        """Does that member's process? (It holds the lock of its file; ours do not count as others'.)"""
+        if number in self.own:
+            return True
+        with contextlib.suppress(FileNotFoundError):
+            fd = os.open(self.folder / f"member-{number}", os.O_RDWR | os.O_CLOEXEC)
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return True
+            finally:
+                os.close(fd)
+        return False
 
     def _bury(self) -> None:
         """Drop the references of members that are dead."""
@@ -167,6 +175,7 @@ class Arena:
         self._drop(self.rows[number])
         self.rows[number] = -1
         self.reserved[number] = 0
+        self.marks[number] = 0
         self.ids[number] = 0
         (self.folder / f"member-{number}").unlink(missing_ok=True)
 
@@ -272,6 +281,7 @@ class Member:
                 )
             arena._drop(self.row)
             self.row[:] = -1
+            arena.marks[self.number] = 0
             arena.reserved[self.number] = self.size = slots
 
     def own(self, indices: Slots, keep: bool = False) -> None:
@@ -296,18 +306,29 @@ class Member:
             arena.refs[fresh] += 1
             self.row[changed] = fresh
 
-    def take(self, other: int, theirs: Slots, mine: Slots) -> None:
-        """My slots ``mine`` become what the member ``other`` calls ``theirs``."""
-        self._share(other, theirs, self.number, mine)
+    def renew(self) -> None:
+        """This row's slots are others than before, or of another life of its process."""
+        with self.arena._locked():
+            self.arena.marks[self.number] = int.from_bytes(os.urandom(7), "little") + 1
+
+    def mark(self, other: int) -> int:
+        return int(self.arena.marks[other])
+
+    def take(self, other: int, theirs: Slots, mine: Slots, mark: int = 0) -> None:
+        """My slots ``mine`` become what the member ``other`` calls ``theirs``; Changed if it has another ``mark`` or
+        is dead (0: whichever it has)."""
+        self._share(other, theirs, self.number, mine, mark)
 
     def give(self, other: int, theirs: Slots, mine: Slots) -> None:
         """What the member ``other`` calls ``theirs`` becomes my ``mine``."""
         self._share(self.number, mine, other, theirs)
 
-    def _share(self, source: int, given: Slots, target: int, taken: Slots) -> None:
+    def _share(self, source: int, given: Slots, target: int, taken: Slots, mark: int = 0) -> None:
         arena = self.arena
         to = np.asarray(taken, dtype=np.int64)
         with arena._changing():
+            if mark and (self.mark(source) != mark or not arena._lives(source)):
+                raise Changed(f"the arena at {arena.folder}: its member {source} is not what it was")
             physical = arena.rows[source][np.asarray(given, dtype=np.int64)]
             if (physical < 0).any():
                 raise ArenaError(f"the arena at {arena.folder}: a slot that holds nothing cannot be handed over")
@@ -356,8 +377,8 @@ class Member:
     def leave(self) -> None:
         self.arena.leave(self)
 
-
-def card(member: Member) -> str:
-    """The arena and this process's row in it, as peers are told: an inode and a device say whether it is the same."""
-    stat = os.stat(member.arena.folder / "pool")
-    return f"{stat.st_dev:x}-{stat.st_ino:x}-{int(member.arena.head[4]):x}/{member.number}"
+    @functools.cached_property
+    def card(self) -> str:
+        """The arena and this row in it, as peers are told: an inode and a device say whether it is the same."""
+        stat = os.stat(self.arena.folder / "pool")
+        return f"{stat.st_dev:x}-{stat.st_ino:x}-{int(self.arena.head[4]):x}/{self.number}"

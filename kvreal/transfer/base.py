@@ -160,12 +160,14 @@ class Transfer:
         self.token = token
         self.address = address
         self.windows.begin(token, address)
-        self.epoch = 0
+        self.set_epoch(0)
         self.take()
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
         self.windows.set_epoch(epoch)
+        for carrier in self.carriers.values():
+            carrier.new_life()
 
     def start(self, copy: Copy) -> None:
         rid = copy.effect.rid
@@ -391,6 +393,9 @@ class Transfer:
     def _carry_over(self, job: Job) -> str:
         endpoint = parse(job.copy.endpoint)
         carrier = self._choose(job, endpoint)
+        if job.copy.effect.read and not job.corrupt and self._mode(job) == "off":
+            if by := carrier.at_once(job, endpoint):
+                return by
         try:
             links: List[Link] = []
             try:

@@ -69,6 +69,11 @@ class Carrier:
         """How many windows, each on a line of its own, a copy is to have; ``unix``: whether they are Unix sockets."""
         return 1
 
+    def at_once(self, job: Job, endpoint: Endpoint) -> str:
+        """A read that needs no window, as it is over in one step that sees for itself whether the peer is in the life
+        that is meant: as ``carry``. Empty: there must be a window."""
+        return ""
+
     def carry(self, job: Job, link: Link) -> str:
         """Move ``job.spans`` (kvreal/spans.py); returns what carried them. Raises Stopped, TransferError or OSError,
         and then nothing that it has begun may still be under way, or the end of its process's connection must end it.
@@ -101,6 +106,9 @@ class Carrier:
         raise NotImplementedError
 
     # ---- life
+    def new_life(self) -> None:
+        """This process has another address or epoch than before."""
+
     def ucx_prints_to(self, fd: int) -> None:
         """Where UCX says what it uses, for those that use it."""
 

@@ -7,6 +7,7 @@ which anything went wrong is closed, and the end of the connection is the end of
 
 from __future__ import annotations
 
+import functools
 import socket
 import threading
 from typing import Callable, Dict, Final, List, Optional, Tuple
@@ -40,6 +41,7 @@ class Endpoint(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return f"kvmove|{self.host}|{self.port}|{self.process}|{cards}"
 
 
+@functools.lru_cache(1024)
 def parse(endpoint: str) -> Endpoint:
     """TransferError for anything that is no endpoint."""
     parts = endpoint.split("|")

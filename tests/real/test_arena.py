@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import uuid
@@ -12,7 +13,7 @@ from typing import Iterator, List
 import numpy as np
 import pytest
 
-from kvreal.arena import ARENAS, Arena, ArenaError, Member, join
+from kvreal.arena import ARENAS, Arena, ArenaError, Changed, Member, join
 from kvreal.memory import Memory
 from kvreal.slab import SlabError
 from kvreal.transfer.conformance import Conformance, Pair
@@ -91,6 +92,23 @@ def test_a_slot_that_holds_nothing_is_not_handed_over(two: List[Member]) -> None
     a, b = two
     with pytest.raises(ArenaError, match="holds nothing"):
         b.take(a.number, [3], [0])
+    agree(a.arena)
+
+
+def test_a_row_that_means_something_else_is_not_taken_from(two: List[Member]) -> None:
+    a, b = two
+    write(a, 0, 1)
+    a.renew()
+    mark = b.mark(a.number)
+    b.take(a.number, [0], [0], mark)
+    a.renew()
+    with pytest.raises(Changed):
+        b.take(a.number, [0], [1], mark)
+    mark = b.mark(a.number)
+    a.lay_out(4)
+    with pytest.raises(Changed):
+        b.take(a.number, [0], [1], mark)
+    assert int(b.row[1]) == -1
     agree(a.arena)
 
 
@@ -190,6 +208,24 @@ def test_a_large_hand_over_moves_no_bytes() -> None:
         (ended,) = pair.mover(True).ended()
         assert (ended["state"], ended["transport"], ended["nbytes"]) == ("done", "arena", 8 << 20)
         assert pair.check_all([(i, i) for i in range(8)]) == [-1] * 8
+    finally:
+        pair.close()
+
+
+def test_once_it_is_known_where_the_source_has_its_slots_a_read_asks_it_nothing() -> None:
+    pair = Pair("arena", dict(TestArena.env))
+    try:
+        pair.begin(tokens=1024, slots=8)
+        pair.copy(True, [(0, 0)])
+        assert pair.b.ended()[0]["state"] == "done"
+        os.kill(pair.a.process.pid, signal.SIGSTOP)
+        try:
+            pair.copy(True, [(3, 5), (1, 2)])
+            (ended,) = pair.b.ended()
+        finally:
+            os.kill(pair.a.process.pid, signal.SIGCONT)
+        assert (ended["state"], ended["transport"], ended["nbytes"]) == ("done", "arena", 2 << 20)
+        assert pair.check_all([(5, 3), (2, 1)]) == [-1, -1]
     finally:
         pair.close()
 
