@@ -34,6 +34,7 @@ from kvreal.arena import ARENAS
 from kvreal.engines.thread import EngineThread
 from kvreal.journal import JournalError
 from kvreal.keys import shared
+from kvreal.loop import THRESHOLDS
 from kvreal.memory import Memory
 from kvreal.network import Network
 from kvreal.node import Node, Parts
@@ -270,6 +271,7 @@ def main(argv: List[str]) -> int:
     args = parser.parse_args(argv)
     die_with_parent(args.parent)
     gc.freeze()  # what is here now stays: no collection need look at it again
+    gc.set_threshold(*THRESHOLDS)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the runner decides
     secret = b""
     if args.secret_fd >= 0:
