@@ -10,6 +10,7 @@ import pytest
 from kvcore.protocol.config import Rules
 from kvcore.protocol.messages import Key
 from kvcore.protocol.pool import Pool, count_down, count_up, parent_of
+from tests.core.drive import CPU, Story, keys
 
 
 def full_pool(*chain: bytes) -> Pool:
@@ -143,3 +144,23 @@ def test_what_is_evicted_for_many_is_what_is_evicted_for_each() -> None:
     assert len(pool.take_all(5, True)) == 5 and pool.drops == list(chain[:6:-1])
     pool.full = True
     assert pool.take_all(5, True) == []
+
+
+def test_a_prompt_lies_in_one_piece_at_both_ends_however_often_it_moves() -> None:
+    text, other = "abcdefghijkl", "mnopqrstu"
+    w = Story(Rules(), {"a": 32, "b": 32})
+    w.store("a/0", other)
+    w.store("a/0", text)
+    for src, dst in [("a", "b"), ("b", "a")] * 3:
+        for chain in (text, other):
+            event = w.move(src, dst, chain)
+            w.mail()
+            for at in list(w.copies):
+                w.finish_copy(*at)
+            w.mail()
+            assert w.status(event).state == "done"
+        pools = [w.worker(f"{name}/0").pools[CPU] for name in (src, dst)]
+        assert not pools[0].index
+        for chain in (text, other):
+            slots = [pools[1].index[key].slot for key in keys(chain)]
+            assert slots == list(range(slots[0], slots[0] + len(slots)))
