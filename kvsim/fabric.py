@@ -17,7 +17,9 @@ from heapq import heapify, heappop
 from math import ceil
 from typing import Any, Dict, List, Optional, Sequence, Tuple, final
 
+from kvcore.protocol.messages import Terms
 from kvcore.scenario.result import LinkRate
+from kvsim import weighted
 from kvsim.loop import Loop
 from kvsim.maxmin import Done, Flow, Link, Solver
 
@@ -36,6 +38,8 @@ class Fabric:
         self.latent: bool = False  # some link has a latency
         self.dirty: List[Link] = []
         self.solver: Solver = Solver()
+        self.unlike: int = 0  # flows with a priority or a weight of their own
+        self.was_unlike: bool = False  # at the last solve
         self.watched: bool = False  # note every change of a link's rate
         self.rates: List[LinkRate] = []
 
@@ -49,16 +53,27 @@ class Fabric:
         return link
 
     def start(
-        self, path: Tuple[Link, ...], nbytes: int, done: Done, arg: Any, cap: float = 0.0, after_ns: int = 0
+        self,
+        path: Tuple[Link, ...],
+        nbytes: int,
+        done: Done,
+        arg: Any,
+        cap: float = 0.0,
+        after_ns: int = 0,
+        owner: object = None,
+        terms: Optional[Terms] = None,
     ) -> int:
         """Send ``nbytes`` over every link of ``path`` at once; ``done(arg)`` is called when the last byte has left.
 
         ``cap``: its own limit in bytes/s, 0 for none. ``after_ns``: it starts so much later than now. An empty path
-        carries any number of bytes in no time. Returns the flow's id.
+        carries any number of bytes in no time. ``owner``: whose flow it is; ``terms``: its priority and weight among
+        that one's. Returns the flow's id.
         """
         fid = self.last_fid = self.last_fid + 1
-        flow = Flow(fid, path, nbytes, done, arg, cap / 1e9)
+        flow = Flow(fid, path, nbytes, done, arg, cap / 1e9, owner, terms)
         self.flows[fid] = flow
+        if terms is not None:
+            self.unlike += 1
         loop = self.loop
         joins_ns = loop.now_ns + after_ns
         if self.latent:
@@ -132,6 +147,8 @@ class Fabric:
     def _leave(self, flow: Flow) -> None:
         fid = flow.fid
         flow.stamp = 0
+        if flow.terms is not None:
+            self.unlike -= 1
         for link in flow.path:
             flows = link.flows
             if fid in flows:
@@ -186,7 +203,12 @@ class Fabric:
         now = self.loop.now_ns
         stamp = self.last_stamp = self.last_stamp + 1
         endings: List[Ending] = []
-        for flow in self.solver.solve(dirty):
+        if self.unlike or self.was_unlike:  # once more after the last of them has gone, so that its like are fair again
+            self.was_unlike = self.unlike > 0
+            solved = weighted.solve(dirty)
+        else:
+            solved = self.solver.solve(dirty)
+        for flow in solved:
             rate = flow.next_rate
             if rate != flow.rate or flow.stamp == 0:
                 left = flow.remaining - flow.rate * (now - flow.since_ns)
@@ -196,7 +218,8 @@ class Fabric:
                 flow.since_ns = now
                 flow.rate = rate
                 flow.stamp = stamp
-                endings.append((now + ceil(left / rate), flow.fid, stamp, flow))
+                if rate > 0.0:  # else it waits until others have gone
+                    endings.append((now + ceil(left / rate), flow.fid, stamp, flow))
                 if self.watched:
                     self._note(flow.path)
         if endings:

@@ -15,6 +15,8 @@ from __future__ import annotations
 from heapq import heapify, heappop, heappush, heapreplace
 from typing import Any, Callable, Dict, Final, List, Optional, Tuple, final
 
+from kvcore.protocol.messages import Terms
+
 Done = Callable[[Any], None]
 
 _SPARE: Final = 1e-12
@@ -77,14 +79,26 @@ class Flow:
         "mark",
         "nbytes",
         "next_rate",
+        "owner",
         "path",
         "rate",
         "remaining",
         "since_ns",
         "stamp",
+        "terms",
     )
 
-    def __init__(self, fid: int, path: Tuple[Link, ...], nbytes: int, done: Done, arg: Any, cap: float) -> None:
+    def __init__(
+        self,
+        fid: int,
+        path: Tuple[Link, ...],
+        nbytes: int,
+        done: Done,
+        arg: Any,
+        cap: float,
+        owner: object = None,
+        terms: Optional[Terms] = None,
+    ) -> None:
         self.fid: int = fid
         self.path: Tuple[Link, ...] = path  # each link once
         self.nbytes: int = nbytes
@@ -92,6 +106,8 @@ class Flow:
         self.done: Done = done
         self.arg: Any = arg
         self.cap: float = cap  # 0.0: none
+        self.owner: object = owner  # who carries it out
+        self.terms: Optional[Terms] = terms  # None: as all are; kvsim/weighted.py
         self.rate: float = 0.0
         self.since_ns: int = 0
         self.stamp: int = 0  # 0: it has no rate yet

@@ -198,7 +198,16 @@ class Transfers:
                 transfer.path = (links, latency_ns, cap)
                 overhead_ns = round(overhead_ns * fate.slow)
             after_ns += fate.delay_ns
-        transfer.fid = self.cluster.fabric.start(links, nbytes, self._crossed, transfer, cap, after_ns + overhead_ns)
+        self._flow(transfer, nbytes, after_ns + overhead_ns)
+
+    def _flow(self, transfer: Transfer, nbytes: int, after_ns: int) -> None:
+        links, _, cap = transfer.path
+        terms = transfer.effect.terms
+        if terms is not None and not terms.priority and terms.weight == 1:
+            terms = None  # only capped
+        transfer.fid = self.cluster.fabric.start(
+            links, nbytes, self._crossed, transfer, cap, after_ns, transfer.owner, terms
+        )
 
     def abort(self, owner: Node, rid: Rid, at_ns: int) -> None:
         """AbortCopy: whatever has crossed by now has landed; nothing will after CopyStopped."""
@@ -240,13 +249,11 @@ class Transfers:
 
     def resumed(self, node: Node) -> None:
         for transfer in self.active.values():
-            links, _, cap = transfer.path
             begun = transfer.path is not NOWHERE and transfer.before is None
             if transfer.knocking:
                 self._let_in(transfer)
             elif transfer.owner is node and transfer.fid == 0 and begun and not _is_stuck(transfer):
-                left = int(transfer.nbytes * (1.0 - transfer.crossed))
-                transfer.fid = self.cluster.fabric.start(links, left, self._crossed, transfer, cap)
+                self._flow(transfer, int(transfer.nbytes * (1.0 - transfer.crossed)), 0)
 
     def _next(self, transfer: Transfer) -> None:
         """Its bytes are over: those that wait behind them go, all that comes before a first byte being done by now."""

@@ -325,6 +325,8 @@ class _Drawer:
                 if_room=draw.once_in(8),
                 idem="same" if draw.once_in(12) else "",
                 deadline=draw.choice(PAUSES) if racing and draw.once_in(16) else None,
+                priority=draw.choice((0, 0, 0, 1)),
+                weight=draw.choice((1, 1, 1, 3)),
                 background=self._background(racing),
                 name=self.moves[-1],
                 granularity="move" if step is None else "prefix",

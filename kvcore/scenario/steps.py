@@ -32,8 +32,8 @@ class Store(Body, frozen=True, kw_only=True):
 class Move(Body, frozen=True, kw_only=True):
     """``prompt`` (its first ``tokens``), or ``all: true``: everything there, a drain. ``if_room``: evict nothing.
 
-    ``priority``, ``weight``: whose bytes go first for real, and how those of one priority share; the simulator shares
-    alike. ``cap``: never faster. ``granularity: prefix``: longer and longer prefixes become visible on the way, by
+    ``priority``, ``weight``: of the copies of one process, whose bytes go first, and how those of one priority share.
+    ``cap``: never faster. ``granularity: prefix``: longer and longer prefixes become visible on the way, by
     ``step`` at a time (64 MiB).
     """
 

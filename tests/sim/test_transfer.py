@@ -357,3 +357,37 @@ def test_a_long_move_says_how_far_it_is(tmp_path: Path, direction: str, granular
     said = [item.msg for item in inputs if isinstance(item, Received) and isinstance(item.msg, Reserved)]
     here = [message.here for message in said]
     assert here == sorted(here) and len(here) >= 4 and 48 <= here[-1] <= 128
+
+
+TERMS = """
+name: terms
+kv: {{bytes_per_token: 1 MiB, chunk: 16 tokens}}
+instances:
+  a: {{locations: {{cpu: 256 MiB}}}}
+  b: {{locations: {{cpu: 256 MiB}}}}
+network: {{links: {{a-b: {{bandwidth: 256 MiB/s, latency: 1 us}}}}}}
+steps:
+  - store: {{at: a/cpu, prompt: p, tokens: 64}}
+  - store: {{at: a/cpu, prompt: q, tokens: 64}}
+  - settle
+  - move: {{from: a/cpu, to: b/cpu, prompt: p, as: one, background: true{one}}}
+  - move: {{from: a/cpu, to: b/cpu, prompt: q, as: other, background: true{other}}}
+  - settle
+"""
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "one_s", "other_s"),
+    [
+        ("", "", 0.5, 0.5),
+        (", weight: 3", "", 1 / 3, 0.5),
+        ("", ", priority: 1", 0.5, 0.25),
+        (", cap: 64 MiB/s", "", 1.0, 1 / 3),
+        (", cap: 64 MiB/s, priority: 9", ", weight: 5", 1.0, 1 / 3),
+        (", granularity: prefix, step: 1 chunk, weight: 3", "", 1 / 3, 0.5),
+    ],
+)
+def test_two_moves_share_a_link_on_their_terms(one: str, other: str, one_s: float, other_s: float) -> None:
+    result = run(build(loads(TERMS.format(one=one, other=other))))
+    took = [operation.duration_ns / 1e9 for operation in result.operations if operation.what == "move"]
+    assert took == pytest.approx([one_s, other_s], rel=0.02)
