@@ -22,6 +22,8 @@ class Fleet:
         from kvreal.borrow import Away, PeerError
         from kvreal.pool import LOOPBACK, Pool
 
+        if peers and transport == "arena":
+            raise PeerError("--transport arena: its instances share a host's memory, and a peer's are on another host")
         self.peers: list[tuple[Away, Borrowed]] = []
         with ExitStack() as opened:
             for text in peers:

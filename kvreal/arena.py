@@ -27,6 +27,7 @@ from typing import Callable, Final, Iterator, List, Optional
 import numpy as np
 import numpy.typing as npt
 
+from kvreal.slab import gib
 from kvreal.spans import Ints, Slots, ints
 
 MAGIC: Final = 0x6B766D6F76652D31
@@ -108,8 +109,8 @@ class Arena:
         free = os.fstatvfs(fd)
         if free.f_bavail * free.f_frsize < nbytes:
             raise ArenaError(
-                f"an arena of {nbytes} bytes does not fit into {self.folder.parent}: "
-                f"{free.f_bavail * free.f_frsize} bytes are free there"
+                f"an arena of {gib(nbytes)} does not fit into {self.folder.parent}: "
+                f"{gib(free.f_bavail * free.f_frsize)} are free there"
             )
         os.posix_fallocate(fd, 0, nbytes)
 

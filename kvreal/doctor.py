@@ -121,18 +121,13 @@ def _try_all(saying: Said) -> Tuple[Tried, ...]:
     try:
         from kvreal import transfer
 
-        names = [name for name in transfer.names() if name != "auto"]
+        here = transfer.here()
     except Exception as error:
         return (Tried("all", False, why=f"the transports cannot be loaded: {line_of(error)}"),)
     found: List[Tried] = []
-    for name in names:
+    for name, lack in here.items():
         saying(f"trying {name}")
-        try:
-            transfer.resolve(name)
-        except Exception as error:
-            found.append(Tried(name, False, why=line_of(error)))
-            continue
-        found.append(try_transport(name))
+        found.append(Tried(name, False, why=lack) if lack else try_transport(name))
     return tuple(found)
 
 

@@ -460,6 +460,8 @@ def _disk_path(path: str, given: Union[str, bool, None]) -> str:
         os.makedirs(folder, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             return folder
+    except FileExistsError:
+        raise _at(path, "local_disk", f"{folder} is a file, expected a directory") from None
     except OSError as error:
         raise _at(path, "local_disk", f"{folder}: {error.strerror or error}") from None
 

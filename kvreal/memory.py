@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from kvcore.scenario.topology import kind_of as kind_of
 from kvreal.arena import ArenaError, Member, join
-from kvreal.slab import HUGE, PAGE, POISON, POISON_STRIDE, Bytes, Place, Slab, SlabError, physical_bytes
+from kvreal.slab import HUGE, PAGE, POISON, POISON_STRIDE, Bytes, Place, Slab, SlabError, gib, physical_bytes
 from kvreal.spans import Ints, Slots, firsts, ints
 from kvreal.store import Carries, DiskError, Home, Store
 
@@ -76,7 +76,7 @@ class Memory:
             changed = self._into_arena(locations, size_of) or changed
         wanted = sum(slots * size_of[name] for name, slots in locations if kind_of(name) == "cpu" and not self.arena)
         if wanted > physical_bytes():  # the kernel would promise it, and kill whoever takes it at its word
-            raise SlabError(f"the CPU locations ask for {wanted} bytes, this machine has {physical_bytes()}")
+            raise SlabError(f"the CPU locations ask for {gib(wanted)}, this machine has {gib(physical_bytes())}")
         if self.cpu is None or self.cpu.nbytes < wanted + PAGE:
             self.cpu = None
             self.cpu = Slab("cpu", _round(wanted + PAGE), self.shared)

@@ -24,6 +24,7 @@ from typing import Any, Callable, Dict, Final, List, Optional, Sequence, Tuple, 
 from kvreal import control as c
 from kvreal.facts import child_environment
 from kvreal.transfer import TransferError, resolve
+from kvreal.transfer.choice import VARIABLE, profile_from
 
 START_TIMEOUT_S: Final = 60.0
 LOOPBACK: Final = "127.0.0.1"
@@ -232,7 +233,9 @@ class Pool(Lender):
         super().__init__()
         resolve(transport)  # what cannot be had is said here, not by a process that dies of it
         self.transport: str = transport
-        self.env: Dict[str, str] = env or {}
+        self.env: Dict[str, str] = dict(env or {})
+        if VARIABLE not in self.env and profile_from() is None:
+            self.env[VARIABLE] = ""  # one of another machine is told of here, and not by each child
         self.bind: str = bind
         self.secret: bytes = secret
         self.spawner: Spawner = Spawner()

@@ -36,7 +36,6 @@ from kvreal.memory import Memory
 from kvreal.service import Service, ServiceStopped, WorkerParts
 from kvreal.transfer import Transfer, TransferError, make, proof
 from kvreal.transfer.posix import named
-from kvreal.transfer.window import AddressTaken
 from kvreal.ucx import respect
 
 log = logging.getLogger("kvmove.instance")
@@ -177,7 +176,7 @@ def transport(name: str, memory: Memory, sink: int, at: Tuple[str, int], profile
         log.warning("%s", warning)
     try:
         made = make(name, memory, at, profile)
-    except AddressTaken:
+    except TransferError:  # it says what is lacking
         raise
     except Exception as error:
         raise TransferError(f"transport {name} cannot be had here: {error}") from error
@@ -323,6 +322,7 @@ def main(argv: Sequence[str]) -> int:
     sock = socket.socket(fileno=os.dup(0))
     _, sink = proof.redirect_stdout()
     configure()
+    logging.getLogger("kvmove.profile").setLevel(logging.ERROR)  # rank 0 says it for all
     try:
         with runner() as one:
             one.run(_serve(read(args.config, args.model), args.rank, sink, sock))

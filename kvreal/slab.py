@@ -144,6 +144,11 @@ def _pin(address: int, nbytes: int) -> bool:
     return int(torch.cuda.cudart().cudaHostRegister(address, nbytes, 0)) == 0
 
 
+def gib(nbytes: int) -> str:
+    """``23.5 GiB``: as people ask for memory."""
+    return f"{nbytes / (1 << 30):.1f} GiB" if nbytes >= 1 << 30 else f"{nbytes / (1 << 20):.1f} MiB"
+
+
 def physical_bytes() -> int:
     """Memory that this process can have: the machine's, or less where a container has a limit."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -42,24 +42,14 @@ def machine() -> Machine:
         from kvreal.slab import provides
     except ImportError as error:
         raise RealUnavailable(f"the real world cannot run here ({error}): pip install 'kvmove[real]'") from None
-    known = tuple(name for name in transfer.names() if name != "auto")
-    here = tuple(transfer.available())
+    known = transfer.here()
     return Machine(
-        transports=here,
-        named=tuple(name for name in known if name not in here and _works(name)),
-        known=known,
+        transports=tuple(transfer.available()),
+        named=tuple(name for name, lack in known.items() if not lack and name not in transfer.available()),
+        known=tuple(known),
         available_bytes=meminfo().get("MemAvailable", 0) << 10,
         gpu="gpu" in provides(),
     )
-
-
-def _works(name: str) -> bool:
-    from kvreal import transfer
-
-    try:
-        return bool(transfer.resolve(name))
-    except transfer.TransferError:
-        return False
 
 
 def quick(given: Matrix) -> Matrix:

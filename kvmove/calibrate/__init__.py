@@ -48,19 +48,12 @@ def transports(asked: Sequence[str]) -> list[str]:
     from kvmove.output import choice
     from kvreal import transfer
 
-    known = [name for name in transfer.names() if name != AUTO]
+    known = transfer.here()
     for name in asked:
-        choice("--transport", name, known)
-    found = []
-    for name in asked or [*transfer.available(), *known]:
-        try:
-            transfer.resolve(name)
-        except transfer.TransferError as error:
-            if asked:
-                raise UserError(f"--transport {name}: {error}") from None
-        else:
-            found.append(name)
-    return list(dict.fromkeys(found))
+        choice("--transport", name, list(known))
+        if known[name]:
+            raise UserError(f"--transport {name}: {known[name]}")
+    return list(dict.fromkeys(asked or [name for name, lack in known.items() if not lack]))
 
 
 def calibrate(

@@ -19,7 +19,7 @@ from kvreal.transfer.choice import profile_from
 from kvreal.transfer.flow import Flow
 from kvreal.transfer.frames import TransferError
 
-__all__ = ["GROUP", "NAMES", "Transfer", "TransferError", "available", "make", "names", "resolve"]
+__all__ = ["GROUP", "NAMES", "Transfer", "TransferError", "available", "here", "lacking", "make", "names", "resolve"]
 
 GROUP: Final = "kvmove.transports"
 NAMES: Final[Tuple[str, ...]] = ("auto", "arena", "nixl", "mooncake", "socket", "tcp")
@@ -60,6 +60,21 @@ def resolve(name: str) -> List[str]:
     if (name == "nixl" and name not in here) or (name == "mooncake" and importlib.util.find_spec(name) is None):
         raise TransferError(f"transport {name} asked for, but the package {name} is not installed ({PACKAGES[name]})")
     return [name] if name in ALONE else [name, "socket"]
+
+
+def lacking(name: str) -> str:
+    """What ``name`` lacks to run here; empty: nothing that can be told without trying it."""
+    try:
+        resolve(name)
+    except TransferError as error:
+        return str(error)
+    return ""
+
+
+def here() -> Dict[str, str]:
+    """Every transport but ``auto`` -> what it lacks here; what ``auto`` takes first comes first."""
+    every = dict.fromkeys((*available(), *names()))
+    return {name: lacking(name) for name in every if name != "auto"}
 
 
 def _arena(memory: Memory, process: str, flow: Flow) -> Carrier:

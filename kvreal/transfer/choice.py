@@ -21,7 +21,8 @@ from kvreal.transfer.frames import TransferError
 from kvreal.transfer.job import Job
 from kvreal.transfer.line import Endpoint
 
-log = logging.getLogger("kvmove.transfer")
+told: Final = logging.getLogger("kvmove.profile")
+"""What is said of a profile, and of no peer: processes that belong together have one of them say it."""
 
 VARIABLE: Final = "KVMOVE_PROFILE"
 NO_BYTES: Final = "arena"
@@ -46,7 +47,7 @@ def profile_from(path: str = "") -> Optional[Profile]:
         raise TransferError(f"profile {' '.join(str(error).split())}") from error
     elsewhere = profile.made.elsewhere(cpu_model(), cores(), host_id()) if profile.made is not None else ""
     if elsewhere:
-        log.warning("profile %s is not used: it is of %s", path, elsewhere)
+        told.warning("profile %s is not used: it is of %s", path, elsewhere)
         return None
     return profile
 

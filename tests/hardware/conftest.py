@@ -165,10 +165,11 @@ def _machine(config: pytest.Config) -> dict[str, Any]:
 def pytest_report_header(config: pytest.Config) -> list[str]:
     if not _named(config) or hasattr(config, "workerinput"):
         return []
-    from kvreal.transfer import available
+    from kvreal import transfer
 
     want = _asked(config)
     here = _machine(config)
+    can = [name for name, lack in transfer.here().items() if not lack]
     gib = 1 << 30
     gpus = ", ".join(f"{gpu['name']} ({gpu['memory_bytes'] / gib:.0f} GiB)" for gpu in here["gpus"]) or "none"
     versions = ", ".join(f"{name} {version}" for name, version in here["versions"].items())
@@ -177,7 +178,7 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
         f"{here['memory_bytes'] / gib:.1f} GiB of memory ({here['memory_free_bytes'] / gib:.1f} free), "
         f"/dev/shm {here['shm_bytes'] / gib:.1f} GiB, CMA {'works' if here['cma'] else 'does not work'}",
         f"GPUs: {gpus}; RDMA: {', '.join(here['rdma']) or 'none'}; UCX: {', '.join(here['ucx_transports']) or 'none'}",
-        f"transports here: {', '.join(available())}; versions: {versions}",
+        f"transports here: {', '.join(can)}; versions: {versions}",
         f"asked for: {', '.join(want.transports)}; {', '.join(want.devices)}; "
         f"sizes {', '.join(map(str, want.sizes))}; ranks {', '.join(map(str, want.ranks))}; "
         f"{'quick' if want.quick else 'all'}; peer {want.peer or 'none'}",

@@ -110,10 +110,9 @@ class Asked(msgspec.Struct, frozen=True):
 
 def known_transports() -> list[str]:
     """All that a pool may be told, the ways besides; the preferred one first."""
-    from kvreal.transfer import available, names
+    from kvreal.transfer import available, here
 
-    here = [name for name in available() if name != "auto"]
-    return list(dict.fromkeys([*here, *WAYS, *(name for name in names() if name != "auto")]))
+    return list(dict.fromkeys([*available(), *WAYS, *here()]))
 
 
 def way(transport: str) -> tuple[str, dict[str, str]]:
@@ -129,15 +128,11 @@ def lacking(what: str) -> str:
         if what == "gpu" and "gpu" not in provides():
             return "there is no GPU that torch can use"
         return ""
-    from kvreal.transfer import TransferError, resolve
+    from kvreal import transfer
 
     if what == "nixl over rdma" and not glob.glob("/sys/class/infiniband/*"):
         return "there is no RDMA device under /sys/class/infiniband"
-    try:
-        resolve(way(what)[0])
-    except TransferError as error:
-        return str(error)
-    return ""
+    return transfer.lacking(way(what)[0])
 
 
 def need(*parts: str) -> None:

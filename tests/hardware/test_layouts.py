@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-torch = pytest.importorskip("torch", reason="the real world is not installed: pip install 'kvmove[real]'")
+torch = pytest.importorskip("torch", reason="torch is not installed: pip install torch")
 
 from kvreal.layout.bind import allocate  # noqa: E402
 from kvreal.layout.paged import Paged  # noqa: E402

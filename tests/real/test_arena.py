@@ -125,7 +125,7 @@ def test_another_shape_is_refused_with_both(two: List[Member], folder: str) -> N
 
 def test_an_arena_larger_than_memory_is_refused_and_leaves_nothing(folder: str) -> None:
     memory = Memory(arena=folder, arena_bytes=1 << 60)
-    with pytest.raises(SlabError, match="does not fit into .* bytes are free there"):
+    with pytest.raises(SlabError, match="does not fit into .* [GM]iB are free there"):
         memory.lay_out([("LocalCPUBackend", 2)], SLOT)
     assert not Path(folder).exists()
     memory.leave_arena()

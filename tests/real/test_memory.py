@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from kvreal.memory import Memory, kind_of
-from kvreal.slab import POISON, SlabError, physical_bytes
+from kvreal.slab import POISON, SlabError, gib, physical_bytes
 
 
 def test_slots_do_not_overlap_and_neighbours_touch() -> None:
@@ -105,7 +105,7 @@ def test_what_a_name_says() -> None:
 
 def test_a_pool_larger_than_memory_is_refused_with_both_figures() -> None:
     memory = Memory()
-    with pytest.raises(SlabError, match=f"ask for {1 << 60} bytes, this machine has {physical_bytes()}"):
+    with pytest.raises(SlabError, match=f"ask for {gib(1 << 60)}, this machine has {gib(physical_bytes())}"):
         memory.lay_out([("LocalCPUBackend", 1 << 40)], 1 << 20)
     assert not memory.places
 

@@ -276,6 +276,7 @@ def test_ssh_that_fails_says_why(ssh: None, capsys: pytest.CaptureFixture[str]) 
         (["--on", "real", "--peer", "tcp://x"], "expected [INSTANCE=]tcp://HOST:PORT or"),
         (["--on", "real", "--peer", "tcp://x:99999"], "expected [INSTANCE=]tcp://HOST:PORT or"),
         (["--on", "real", "--peer", "tcp://127.0.0.1:1"], "expected --peer-token FILE"),
+        (["--on", "real", "--peer", "tcp://h:1", "--transport", "arena"], "a peer's are on another host"),
         (["--peer", "tcp://127.0.0.1:1"], "nothing runs there in simulation"),
         (["--on", "real", "--peer", "tcp://127.0.0.1:1", "--peer-token", "TOKEN"], "cannot be reached"),
         (["--on", "real", "--peer", "tcp://127.0.0.1:1", "--peer-token", "SHORT"], "a token of 5 characters"),

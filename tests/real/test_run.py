@@ -164,6 +164,26 @@ def test_a_history_that_cannot_be_there_is_one_line(pool: Pool) -> None:
         run(scenario(), pool=pool, history=Path("/proc/nowhere/h.jsonl"))
 
 
+def test_a_profile_of_another_machine_is_told_of_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """By the run, and not by each of its processes besides; all of them leave it unused."""
+    path = tmp_path / "far.yaml"
+    path.write_text('made: {date: "2026-01-02", cpu: another, cores: 4096}\n')
+    monkeypatch.setenv("KVMOVE_PROFILE", str(path))
+    result = run(scenario(), transport="auto")
+    assert result.clean
+    told = [one.getMessage() for one in caplog.records if "is not used: it is of another" in one.getMessage()]
+    assert len(told) == 1 and told[0].startswith(f"profile {path}")
+    assert "is not used" not in capfd.readouterr().err  # what the processes themselves say
+
+
+def test_a_profile_that_cannot_be_read_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KVMOVE_PROFILE", str(tmp_path / "none.yaml"))
+    with pytest.raises(TransferError, match=r"^profile .*none.yaml: cannot be read: No such file"):
+        run(scenario(), transport="auto")
+
+
 def test_too_much_memory_is_one_line(pool: Pool) -> None:
     built = scenario()
     specs = tuple(
@@ -173,7 +193,7 @@ def test_too_much_memory_is_one_line(pool: Pool) -> None:
         for spec in built.specs
     )
     huge = msgspec.structs.replace(built, specs=specs)
-    with pytest.raises(RunError, match="ask for .* bytes, this machine has"):
+    with pytest.raises(RunError, match="ask for .* GiB, this machine has"):
         run(huge, pool=pool)
     assert run(scenario(), pool=pool).clean
 

@@ -12,7 +12,7 @@ import pytest
 
 from kvreal.memory import Memory
 from kvreal.spans import ints
-from kvreal.transfer import TransferError, available, make, names, resolve
+from kvreal.transfer import TransferError, available, here, lacking, make, names, resolve
 from kvreal.transfer.conformance import SLOT, Conformance, Pair
 from kvreal.transfer.proof import Tables
 from kvreal.transfer.sockets import batches
@@ -133,6 +133,8 @@ def test_what_is_no_transport_is_refused_in_one_line(name: str) -> None:
 
 
 def test_ours_have_names_that_no_package_can_take() -> None:
+    assert list(here())[: len(available())] == available() and {*here(), "auto"} == set(names())
+    assert not here()["socket"] and not here()["tcp"] and not here()["arena"] and not any(map(lacking, available()))
     assert set(available()) <= set(names()) and len(set(names())) == len(names())
 
 

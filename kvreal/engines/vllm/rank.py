@@ -236,6 +236,8 @@ def main(argv: Sequence[str]) -> int:
     on_all_cores()  # a process that the worker starts inherits its own
     _, sink = proof.redirect_stdout()
     configure()
+    if args.rank:
+        logging.getLogger("kvmove.profile").setLevel(logging.ERROR)  # rank 0 says it for all
     try:
         return asyncio.run(_serve(args, sink, worker))
     except Exception as error:
