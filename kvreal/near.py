@@ -1,9 +1,10 @@
 """Control messages between processes of one user on one host: Unix sockets, where ZeroMQ would wake three threads.
 
 A message over ZeroMQ's TCP goes by way of a thread at each end: 55 to 90 microseconds from one process's loop to the
-other's, where one over a Unix socket takes 35, and a move is ten of them. Who listens is found by name, in the abstract namespace, which ends where a
-network namespace does: a name that can be called is on this host. The kernel says whose process is at the other end,
-and another user's is turned away. Nothing is sent here that could not be sent by ZeroMQ: what finds nobody goes there.
+other's, where one over a Unix socket takes 35, and a move is ten of them. Who listens is found by name, in the abstract
+namespace, which ends where a network namespace does: a name that can be called is on this host. The kernel says whose
+process is at the other end, and another user's is turned away. Nothing is sent here that could not be sent by ZeroMQ:
+what finds nobody goes there.
 """
 
 from __future__ import annotations
