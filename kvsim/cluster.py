@@ -65,7 +65,7 @@ class Cluster:
         self.engine: Engine = Engine(self)
         self.copy_max_ns: int = built.config.copy_max_ns
         self.progress_ns: int = built.config.progress_ns
-        self.checksums: bool = built.config.checksums == "all"
+        self.checksums: str = built.config.checksums
         self.events_kept: int = built.config.events_kept
         self.nodes: Dict[str, Node] = {}
         for number, spec in enumerate(built.specs):

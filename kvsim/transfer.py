@@ -166,8 +166,15 @@ class Transfers:
         count = len(transfer.effect.slots)
         if transfer.cost is not None:
             more_ns = transfer.queue_ns - transfer.cost.queue_ns
-            return transfer.path[1] + transfer.cost.overhead_ns(count) + more_ns
-        return transfer.path[1] + self.cluster.profile.transfer_overhead_ns(count)
+            return transfer.path[1] + transfer.cost.overhead_ns(count) + more_ns + 2 * self._sums_ns(transfer)
+        return transfer.path[1] + self.cluster.profile.transfer_overhead_ns(count) + 2 * self._sums_ns(transfer)
+
+    def _sums_ns(self, transfer: Transfer) -> int:
+        """Before its first byte at its source, and after its last at its destination."""
+        cluster = self.cluster
+        if cluster.checksums == "off" or not _summed(transfer.effect):
+            return 0
+        return cluster.profile.sums_ns(len(transfer.effect.slots), transfer.nbytes, cluster.checksums)
 
     def _refusal(self, transfer: Transfer) -> str:
         peer = transfer.peer
@@ -271,7 +278,7 @@ class Transfers:
     def _ready_ns(self, transfer: Transfer) -> int:
         """How long it takes a copy to be where its first byte can move."""
         own_ns = self.cluster.profile.transfer_ns if transfer.cost is None else transfer.queue_ns
-        return transfer.path[1] + own_ns
+        return transfer.path[1] + own_ns + self._sums_ns(transfer)
 
     def _let_in(self, transfer: Transfer) -> None:
         if not transfer.owner.paused and not transfer.peer.paused:
@@ -294,7 +301,7 @@ class Transfers:
         if not effect.read and transfer.peer.epoch() != effect.peer_epoch:
             self._fail(transfer, OTHER_EPOCH)
             return
-        if fate is not None and fate.corrupt and self.cluster.checksums and _summed(effect):
+        if fate is not None and fate.corrupt and self.cluster.checksums == "all" and _summed(effect):
             transfer.fate = None  # found, and made once more
             self._begin(transfer, 0)
             return

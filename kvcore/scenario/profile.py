@@ -45,6 +45,11 @@ class Made(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
         return ""
 
 
+SUM_PIECE: Final = 4 << 10
+SUM_STRIPE: Final = 256 << 10
+"""What a sampled checksum reads of each so many bytes of a chunk (kvreal/checksum.py)."""
+
+
 class CopyCost(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Copies by one transport from one kind of location to another (cpu, disk, gpu), between two processes; ``inside``:
     within one; ``push``: carried out by the process that has the bytes, else by the one that wants them. A copy of
@@ -112,7 +117,9 @@ class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
 
     A message takes ``service_ns`` at its sender and ``message_latency_ns`` on its way; ``key_ns`` more at either end
     for each chunk that it names, ``index_ns`` more at its sender for each one that it says has come or gone, and
-    ``wake_ns`` more for each other node that was told the like just before it by the same one.
+    ``wake_ns`` more for each other node that was told the like just before it by the same one. With checksums a copy's
+    chunks are summed at its source before its first byte and at its destination after its last: ``sum_ns`` for each,
+    and what is read of it at ``sum_bytes_per_s``.
     """
 
     name: str = "default"
@@ -139,6 +146,8 @@ class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     fill_bytes_per_s: float = 2e9
     read_ns: int = 50_000
     read_bytes_per_s: float = 2e9
+    sum_ns: int = 2_500
+    sum_bytes_per_s: float = 17e9
 
     copies: Tuple[CopyCost, ...] = ()
 
@@ -199,6 +208,14 @@ class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
 
     def transfer_overhead_ns(self, descriptors: int) -> int:
         return self.transfer_ns + descriptors * self.descriptor_ns
+
+    def sums_ns(self, chunks: int, nbytes: int, mode: str) -> int:
+        """What one end's checksums take; ``sample`` reads the ends of a chunk and a piece of each of its stripes."""
+        if mode == "off":
+            return 0
+        sampled = chunks * 2 * SUM_PIECE + nbytes // SUM_STRIPE * SUM_PIECE
+        read = nbytes if mode == "all" else min(nbytes, sampled)
+        return chunks * self.sum_ns + round(read * 1e9 / self.sum_bytes_per_s)
 
     def fill_time_ns(self, nbytes: int) -> int:
         return self.fill_ns + round(nbytes * 1e9 / self.fill_bytes_per_s)

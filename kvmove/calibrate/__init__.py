@@ -74,7 +74,7 @@ def calibrate(
     step("fitting")
     today = datetime.datetime.now(datetime.UTC).date().isoformat()
     made = Made(date=today, cpu=here.cpu, cores=here.cores, host="" if of_its_kind else here.host)
-    fitted = fit(measuring.samples, measuring.parts, measuring.journal_ns, made, name)
+    fitted = fit(measuring.samples, measuring.parts, measuring.journal_ns, made, name, measuring.sums_per_s)
     carried = ", ".join(dict.fromkeys(by for one in measuring.samples for by in one.carried))
     about = f"{here.cpu}, {plural(here.cores, 'core')}; bytes by {carried}"
     fitted = msgspec.structs.replace(fitted, profile=msgspec.structs.replace(fitted.profile, about=about))

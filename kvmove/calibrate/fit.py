@@ -28,11 +28,19 @@ class Fitted(msgspec.Struct):
 
 
 def fit(
-    samples: Sequence[Samples], parts: dict[str, Part], journal_ns: Sequence[float], made: Made, name: str
+    samples: Sequence[Samples],
+    parts: dict[str, Part],
+    journal_ns: Sequence[float],
+    made: Made,
+    name: str,
+    sums_per_s: Sequence[float] = (),
 ) -> Fitted:
     """``samples``: of each transport, the preferred one first."""
     spreads: dict[str, Spread] = {"journal_ns": spread(journal_ns)}
     profile = Profile(name=name, made=made, journal_ns=to_ns(median(journal_ns)), message_latency_ns=0)
+    if sums_per_s:
+        spreads["sum_bytes_per_s"] = spread(sums_per_s)
+        profile = replace(profile, sum_bytes_per_s=to_rate(median(sums_per_s)))
     gaps = [gap for one in samples for gap in one.gaps]
     if gaps:
         spreads["service_ns"] = spread(gaps)

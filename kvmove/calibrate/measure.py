@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 PART_TIMEOUT_S: Final = 120.0
 JOURNALED: Final = 400
+SUMMED: Final = (9, 16, 8 << 20)
+"""Times, chunks, bytes of each: what checksums are measured by, the first time not counted."""
 SELDOM: Final = 2
 ROUNDS: Final = 2
 """There and back."""
@@ -68,6 +70,7 @@ class Measuring:
         self.samples: list[Samples] = [Samples(name) for name in transports]
         self.parts: dict[str, Part] = {}
         self.journal_ns: list[float] = journal_ns()
+        self.sums_per_s: list[float] = sums_per_s()
         self.lacking: dict[str, str] = {}
         """transport -> why it could not be measured"""
 
@@ -179,6 +182,28 @@ def _cpu_s(pool: Pool) -> float:
         with contextlib.suppress(OSError):
             spent_s += cpu_s(host.pid)
     return spent_s
+
+
+def sums_per_s() -> list[float]:
+    """Bytes a second that checksums of whole chunks go through, each time."""
+    from kvreal.checksum import sums
+    from kvreal.memory import Memory
+
+    times, chunks, nbytes = SUMMED
+    memory = Memory()
+    memory.lay_out([("LocalCPUBackend", chunks)], nbytes)
+    try:
+        slots, sizes, keys = list(range(chunks)), [nbytes] * chunks, [bytes(16)] * chunks
+        for slot in slots:
+            memory.view("LocalCPUBackend", slot, nbytes)[:] = slot  # pages that nobody has written are not memory
+        found = []
+        for _ in range(times):
+            before = time.perf_counter_ns()
+            sums(memory, "LocalCPUBackend", slots, sizes, keys, "all")
+            found.append(chunks * nbytes * 1e9 / (time.perf_counter_ns() - before))
+        return found[1:]
+    finally:
+        memory.close()
 
 
 def journal_ns() -> list[float]:

@@ -35,6 +35,8 @@ INSIDE: Final = {
     "fill_bytes_per_s": "",
     "read_ns": "an engine reads KV and compares it with what it should be",
     "read_bytes_per_s": "",
+    "sum_ns": "a checksum of one chunk, besides its bytes (not measured)",
+    "sum_bytes_per_s": "what it reads",
 }
 COPY: Final = {
     "queue_ns": "asked for, until its first byte",

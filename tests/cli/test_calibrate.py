@@ -159,7 +159,7 @@ def test_the_file_says_what_was_measured_and_reads_back_the_same(tmp_path: Path)
     samples, parts = measured_of(TRUTH)
     samples.carried["by something"] = None
     made = Made(date="2026-01-02", cpu='"odd" \\ cpu', cores=2, host="ab12")
-    fitted = fit([samples], parts, [2_000.0, 2_100.0], made, "p")
+    fitted = fit([samples], parts, [2_000.0, 2_100.0], made, "p", [1.9e10, 2e10, 3e10])
     move = Move("move", "m", 2_000_000, spread([2e6, 3e6, 4e6]), -0.333, {})
     held = Accuracy("something", 3, (move,), 0.333, 0.333)
     path = tmp_path / "p.yaml"
@@ -170,6 +170,7 @@ def test_the_file_says_what_was_measured_and_reads_back_the_same(tmp_path: Path)
     said = path.read_text()
     assert "# a fact\n" in said and "median error of a move's duration 33%, worst 33%" in said
     assert "move m" in said and "2.00 ms / 3.00 ms" in said and "-33%" in said
+    assert read.sum_bytes_per_s == 2e10 and "sum_bytes_per_s: 20_000_000_000" in said
     assert "cpu to cpu, between two processes" in said and "+-" in said
     assert max(map(len, said.splitlines())) <= 120
 

@@ -13,6 +13,7 @@ from kvcore.protocol.messages import Reserved
 from kvcore.scenario.build import build
 from kvcore.scenario.history import read
 from kvcore.scenario.loader import loads
+from kvcore.scenario.profile import Profile
 from kvcore.scenario.schema import CopyFault, Fault, When
 from kvsim.run import run
 from tests.sim.stubs import PROFILE, Stage, copy
@@ -391,3 +392,14 @@ def test_two_moves_share_a_link_on_their_terms(one: str, other: str, one_s: floa
     result = run(build(loads(TERMS.format(one=one, other=other))))
     took = [operation.duration_ns / 1e9 for operation in result.operations if operation.what == "move"]
     assert took == pytest.approx([one_s, other_s], rel=0.02)
+
+
+def test_checksums_cost_what_they_read_at_both_ends() -> None:
+    text = TERMS.replace("chunk: 16 tokens", "chunk: 16 tokens, checksums: MODE").format(one="", other="")
+    took = {}
+    for mode in ("off", "sample", "all"):
+        result = run(build(loads(text.replace("MODE", mode))))
+        took[mode] = next(one.duration_ns for one in result.operations if one.op == "one")
+    each = [Profile().sums_ns(4, 64 << 20, mode) for mode in ("sample", "all")]
+    assert each == [10_000 + round((32768 + (1 << 20)) * 1e9 / 17e9), 10_000 + round((64 << 20) * 1e9 / 17e9)]
+    assert [took[mode] - took["off"] for mode in ("sample", "all")] == pytest.approx([2 * ns for ns in each], rel=0.01)
