@@ -207,7 +207,10 @@ class _Drawer:
             locations: Dict[str, LocationSpec] = {}
             for place in range(1 if space.locations == 1 or not draw.once_in(4) else space.locations):
                 slots = space.slots - draw.integer(0, space.slots - 1)
-                locations[LOCATIONS[place]] = LocationSpec(size=Size(slots * CHUNK_TOKENS * self.token_bytes))
+                chunk = CHUNK_TOKENS * self.token_bytes
+                slot = 3 * chunk if draw.once_in(6) else chunk
+                room = LocationSpec(size=Size(slots * slot), slot=Size(slot) if slot != chunk else None)
+                locations[LOCATIONS[place]] = room
                 self.places.append(f"{name}/{LOCATIONS[place]}")
             # Other ranks are another namespace: whatever is moved between the two is refused.
             own = 3 - ranks if space.ranks > 1 and number >= 2 and draw.once_in(12) else ranks

@@ -211,5 +211,8 @@ def _plainer_instances(instance: Instance, kv: Kv) -> Iterator[Instance]:
     chunk = kv.chunk_tokens * kv.token_bytes
     for name, place in places.items():
         yield _with(instance, locations={other: what for other, what in places.items() if other != name})
-        if place.size.bytes < ROOMY * chunk:
+        if place.slot is not None:
+            fewer = Size(place.size.bytes // place.slot.bytes * chunk)
+            yield _with(instance, locations={**places, name: _with(place, size=fewer, slot=None)})
+        elif place.size.bytes < ROOMY * chunk:
             yield _with(instance, locations={**places, name: _with(place, size=Size(ROOMY * chunk))})

@@ -12,9 +12,9 @@ import pytest
 
 from kvcore.scenario.build import Built, build
 from kvcore.scenario.history import check_replay, read
-from kvcore.scenario.loader import loads
+from kvcore.scenario.loader import ScenarioError, loads
 from kvcore.scenario.result import Result
-from kvsim.costs import Profile, ProfileError
+from kvsim.costs import Profile
 from kvsim.loop import EventLimit
 from kvsim.run import run
 
@@ -89,7 +89,7 @@ def test_a_scenario_names_its_profile(tmp_path: Path) -> None:
     slow = run(built(text, f"network.profile={path}"))
     assert slow.phases[0].control_ns > run(built(text)).phases[0].control_ns + 2_000_000
     path.write_text("message_latency_ns: soon\n")
-    with pytest.raises(ProfileError, match="message_latency_ns"):
+    with pytest.raises(ScenarioError, match="message_latency_ns"):
         run(built(text, f"network.profile={path}"))
 
 

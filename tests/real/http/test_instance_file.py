@@ -90,6 +90,16 @@ def test_no_key_is_both_read_and_ignored() -> None:
         ("local_disk: /d\nkvmove: {locations: {LocalCPUBackend: 1 GiB}}", ":4:13: local_disk:", "names no disk"),
         ("max_local_disk_size: 5\nkvmove: {locations: {A: 1 GiB}}", ":4:22: max_local_disk_size:", "names no disk"),
         ("lmcache_instance_id: b", ":4:1: lmcache_instance_id:", "given twice"),
+        ("kvmove: {locations: {A: 1 KiB}}", ":4:25: kvmove.locations.A:", "less than one chunk of 33554432"),
+        ("kvmove: {locations: {A: {size: many}}}", ":4:32: kvmove.locations.A.size:", "expected a size"),
+        ("kvmove: {locations: {A: many}}", ":4:25: kvmove.locations.A:", "expected a size"),
+        ("kvmove: {locations: {A: {sise: 1 GiB}}}", ":4:26: kvmove.locations.A.sise:", "did you mean 'size'"),
+        ("kvmove: {locations: {A: {size: 1 GiB, slot: 1 MiB}}}", ":4:45: kvmove.locations.A.slot:", "less than one"),
+        ("kvmove: {locations: {A: {size: 1 GiB, slot: 2 GiB}}}", ":4:25: kvmove.locations.A:", "one slot of 2"),
+        ("kvmove: {locations: {A: {size: 1 GiB, model: own/x}}}", "kvmove.locations.A:", "own/x is not known"),
+        ("kvmove: {locations: {A: {size: 1 GiB, chunk_size: 0}}}", "4:51: kvmove.locations.A.chunk_size:", "1 to 6"),
+        ("kvmove: {locations: {A: {size: 1 GiB, model: qwen3-8b}}}", ":4:21: kvmove.locations:", "for other models"),
+        ("kvmove: {store_at: A, locations: {B: 1 GiB, A: {size: 1 GiB, model: qwen3-8b}}}", "store_at:", "one of B"),
     ],
 )
 def test_a_mistake_is_one_line_with_its_place(tmp_path: Path, text: str, where: str, says: str) -> None:
@@ -122,6 +132,32 @@ def test_a_rank_for_each_worker_port(tmp_path: Path) -> None:
         assert file.namespace.bytes_per_token == 65536
         # the size is of each rank, as in the reference
         assert file.locations == (("LocalCPUBackend", 320),)
+
+
+def test_locations_have_slots_and_models_of_their_own(tmp_path: Path) -> None:
+    own = """
+kvmove:
+  ranks: 2
+  locations:
+    LocalCPUBackend: 1 GiB
+    DraftCPU: {size: 1 GiB, model: llama-3.2-1b, chunk_size: 128, weights: d}
+    OtherCPU: {size: 32 MiB, model: own/x, bytes_per_token: 2 KiB, dtype: float16, layout: mla}
+    LocalDiskBackend: {size: 1 GiB, slot: 32 MiB}
+"""
+    file = read(write(tmp_path, LEAST + own))
+    cpu, draft, other, disk = file.places
+    assert (cpu.slots, cpu.slot_bytes, cpu.namespace) == (64, 0, None)
+    assert (disk.slots, disk.slot_bytes, disk.namespace) == (32, 32 << 20, None)
+    assert draft.namespace is not None and other.namespace is not None
+    assert (draft.namespace.model, draft.namespace.weights, draft.namespace.chunk_tokens) == ("llama-3.2-1b", "d", 128)
+    assert draft.namespace.bytes_per_token == 16384 and draft.slots == (1 << 30) // (128 * 16384)
+    assert other.namespace.bytes_per_token == 1024
+    assert (other.namespace.dtype, other.namespace.kv_layout) == ("float16", "mla")
+    assert {place.namespace.ranks for place in (draft, other) if place.namespace is not None} == {2}
+    assert file.models == [file.namespace.model, "llama-3.2-1b", "own/x"]
+    assert [place.name for place in file.searched()] == ["LocalCPUBackend", "LocalDiskBackend"]
+    assert [place.name for place in file.searched("own/x")] == ["OtherCPU"]
+    assert file.spec(1, "here", "there").space("DraftCPU") == draft.namespace
 
 
 def test_a_disk_beside_the_memory(tmp_path: Path) -> None:

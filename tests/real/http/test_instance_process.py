@@ -248,9 +248,74 @@ def test_up_by_a_profile_goes_the_quicker_way_and_the_event_says_why(tmp_path: P
         assert one.stop(signal.SIGINT) == 0
 
 
-def _copied(port: int, place: list[str], prompt: list[int]) -> dict[str, object]:
+TWO_MODELS = """\
+name: two models
+kv: {bytes_per_token: 4 KiB, chunk: 16 tokens, model: target}
+instances:
+  a: &one
+    ranks: 2
+    locations:
+      LocalCPUBackend: 1 MiB
+      DraftCPU: {size: 64 KiB, slot: 2 KiB, namespace: {model: draft, bytes_per_token: 64, chunk_tokens: 8}}
+  b:
+    ranks: 2
+    locations:
+      LocalCPUBackend: {size: 1 MiB, slot: 128 KiB}
+      DraftCPU: {size: 64 KiB, namespace: {model: draft, bytes_per_token: 64, chunk_tokens: 8}}
+"""
+
+
+def test_one_instance_serves_two_models_and_moves_the_kv_of_each(tmp_path: Path) -> None:
+    with commands(tmp_path) as start:
+        one, port, _ = up(tmp_path, start, TWO_MODELS.replace("&one", ""))
+        serving = sorted(line for line in one.text().splitlines() if line.startswith(("a: http://", "b: http://")))
+        a, b = (int(line.split("localhost:")[1].split(",")[0]) for line in serving)
+        models = httpx.get(f"http://localhost:{a}/v1/models").json()["data"]
+        assert [model["id"] for model in models] == ["target", "draft"]
+        prompt = list(range(100))
+
+        def cached(at: int, model: str) -> int:
+            body = {"prompt": prompt, "model": model}
+            answer = httpx.post(f"http://localhost:{at}/v1/completions", json=body, timeout=60)
+            assert answer.status_code == 200 and answer.json()["model"] == model, answer.text
+            found: int = answer.json()["usage"]["prompt_tokens_details"]["cached_tokens"]
+            return found
+
+        assert (cached(a, "target"), cached(a, "draft")) == (0, 0)
+        unknown = httpx.post(f"http://localhost:{a}/v1/completions", json={"prompt": prompt, "model": "x"})
+        assert unknown.status_code == 404 and "serves `target`, `draft`" in unknown.text
+        found = until_found(port, prompt, {"a/DraftCPU", "a/LocalCPUBackend"})
+        assert set(found.values()) == {100}
+        for place, size in (("LocalCPUBackend", 4096), ("DraftCPU", 128)):
+            moved = _copied(port, ["b", place], prompt, ["a", place])
+            event = httpx.get(f"http://localhost:{port}/events/{moved['event_id']}/wait", timeout=60).json()
+            assert (event["state"], event["bytes"]) == ("done", 100 * size)
+        wrong = {"old_position": ["a", "DraftCPU"], "new_position": ["b", "LocalCPUBackend"], "tokens": prompt}
+        refused = httpx.post(f"http://localhost:{port}/move", json=wrong)
+        assert refused.status_code == 409 and "draft" in refused.text and "target" in refused.text
+        assert (cached(b, "target"), cached(b, "draft")) == (100, 100)
+        ranks = httpx.get(f"http://localhost:{port}/instances").json()["instances"][1]["ranks"]
+        rooms = {place["name"]: place["capacity_bytes"] for place in ranks[0]["locations"]}
+        assert rooms == {"LocalCPUBackend": 512 << 10, "DraftCPU": 32 << 10}
+        assert one.stop(signal.SIGINT) == 0
+
+
+def until_found(port: int, prompt: list[int], places: set[str]) -> dict[str, int]:
+    """What a lookup finds, once it finds all of ``places``."""
+    found: dict[str, int] = {}
+
+    def asked() -> bool:
+        locations = httpx.post(f"http://localhost:{port}/lookup", json={"tokens": prompt}).json()["locations"]
+        found.update({f"{name}/{place}": n for name, held in locations.items() for place, n in held.items()})
+        return set(found) == places
+
+    until(asked, lambda: str(found))
+    return found
+
+
+def _copied(port: int, place: list[str], prompt: list[int], source: list[str] | None = None) -> dict[str, object]:
     """Asked for until there is something to copy."""
-    places = {"old_position": ["a", "LocalCPUBackend"], "new_position": place}
+    places = {"old_position": source or ["a", "LocalCPUBackend"], "new_position": place}
     moved: dict[str, object] = {}
 
     def asked() -> object:
