@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import threading
 import time
-from typing import Callable, Optional
+from typing import Callable, Optional, Sequence
 
 import msgspec
 
 from kvcore.protocol.machine import StartCopy
 from kvcore.protocol.messages import Rid, Terms
+from kvreal.slab import Bytes
 from kvreal.spans import Spans, ints
 
 
@@ -118,6 +119,17 @@ class Job:
             return None
         self.told = num_tokens
         return Progress(effect.rid, num_tokens)
+
+    def outgoing(self, views: Sequence[Bytes]) -> Sequence[Bytes]:
+        """What a push sends of these. If an injected fault wants wrong bytes, one byte of the first ones that go is
+        turned over."""
+        if not self.corrupt or self.moved:
+            return views
+        found = list(views)
+        middle = len(found) // 2
+        found[middle] = found[middle].copy()
+        found[middle][(len(found[middle]) - 1) // 2] ^= 0xFF  # no chunk's first byte, unless it has no other
+        return found
 
     def woken_by(self, wake: Optional[Callable[[], None]]) -> None:
         """Once this returns, an earlier one is not called any more: what it wakes may be used by others."""

@@ -96,7 +96,7 @@ class MooncakeCarrier(Carrier):
             finally:
                 self.flow.done()
             job.moved += nbytes
-        if job.copy.fate.corrupt and not effect.read:
+        if job.corrupt and not effect.read:
             self._spoil(job, peer, link.at.tolist())
         return f"mooncake/{self.protocol}"
 

@@ -96,7 +96,6 @@ class SocketCarrier(Carrier):
         effect = job.copy.effect
         read = effect.read
         spans = job.spans
-        spoil = job.corrupt and not read
         limit = self.flow.batch(job)
         keys = effect.keys
         found = batches(self.memory, effect.location, spans.mine, spans.sizes, limit, fill=not read, keys=keys)
@@ -106,12 +105,11 @@ class SocketCarrier(Carrier):
                 if not read:
                     _heed(effect.peer, streams.socks)
                 try:
-                    whole = streams.carry(_spoilt(batch.views) if spoil else batch.views)
+                    whole = streams.carry(batch.views if read else job.outgoing(batch.views))
                 finally:
                     self.flow.done()
                 if whole:
                     batch.store()
-                    spoil = False
                     job.moved += batch.nbytes
                 elif read:
                     job.check()
@@ -358,15 +356,6 @@ def receive_into(sock: socket.socket, views: Sequence[Bytes]) -> bool:
         if got:
             left[0] = left[0][got:]
     return True
-
-
-def _spoilt(views: Sequence[Bytes]) -> List[Bytes]:
-    """With one byte in the middle turned over."""
-    found = list(views)
-    middle = len(found) // 2
-    found[middle] = found[middle].copy()
-    found[middle][(len(found[middle]) - 1) // 2] ^= 0xFF  # no chunk's first byte, unless it has no other
-    return found
 
 
 def _answer(sock: socket.socket) -> bytes:
