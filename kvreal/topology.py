@@ -7,7 +7,6 @@ import contextlib
 import functools
 import os
 import signal
-import socket
 import sys
 from pathlib import Path
 from typing import Any, Callable, Dict, Final, List, Sequence, Set, Tuple
@@ -210,11 +209,3 @@ class Topology:
 
 def _registered(line: str) -> bool:
     return REGISTERED in line
-
-
-def free_port() -> int:
-    """One that nobody listens at now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port

@@ -13,10 +13,8 @@ import contextlib
 import ctypes
 import json
 import os
-import random
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -24,6 +22,8 @@ from pathlib import Path
 from typing import Any, Dict, Final, List, NamedTuple, Optional, Sequence, Tuple
 
 import httpx
+
+from kvreal.ports import free_ports
 
 CPU: Final = "LocalCPUBackend"
 MODULE: Final = "kvreal.engines.vllm.connector"
@@ -39,16 +39,6 @@ QUIET: Final = {
 
 class StageError(Exception):
     """A process that did not come up; the message ends with what it said last."""
-
-
-def free_ports(count: int) -> List[int]:
-    """Below those that the system gives to whoever asks for any: engines bind theirs half a minute later."""
-    found: List[int] = []
-    while len(found) < count:
-        port = random.randrange(20_000, 32_000)
-        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
-            found.append(port)
-    return found
 
 
 class Process:

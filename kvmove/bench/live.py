@@ -20,7 +20,8 @@ from kvmove.bench.matrix import Contention, Peer, Services
 from kvmove.bench.result import MOVE, Cell, Figure, Phases, Series
 from kvmove.errors import UserError
 from kvreal.facts import child_environment, cpu_s
-from kvreal.reference.peer import CHUNK_TOKENS, CPU, VERSION, Http, PeerError, Reference, free_port, holds, move_body
+from kvreal.ports import free_port
+from kvreal.reference.peer import CHUNK_TOKENS, CPU, VERSION, Http, PeerError, Reference, holds, move_body
 
 START_S: Final = 60.0
 LIFE_MOVES: Final = 3

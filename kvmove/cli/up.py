@@ -59,7 +59,7 @@ def up(
 
     built = build(load(file, sets or ()))
     try:
-        from kvreal.topology import free_port
+        from kvreal.ports import free_port
     except ImportError as error:
         raise RealUnavailable(f"processes need more ({error}): pip install 'kvmove[real,service]'") from None
     ports = [number or free_port() for number in (port, pull_port, reply_port)]

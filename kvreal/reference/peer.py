@@ -10,13 +10,13 @@ import contextlib
 import http.client
 import json
 import os
-import random
-import socket
 import subprocess
 import time
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Dict, Final, Optional, Sequence, Tuple, Type
+
+from kvreal.ports import free_port
 
 HERE: Final = Path(__file__).parent
 VARIABLE: Final = "KVMOVE_REFERENCE_PYTHON"
@@ -52,15 +52,6 @@ def found() -> Tuple[Optional[Path], str]:
     if version != VERSION:
         return None, f"{said}: lmcache {version or 'is not installed'}, expected {VERSION}: `make bench-peer`"
     return path, ""
-
-
-def free_port() -> int:
-    """One that nobody listens at, and that no outgoing connection is given meanwhile."""
-    while True:
-        port = random.randrange(20_000, 32_000)
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("127.0.0.1", port))
-            return port
 
 
 def environment() -> Dict[str, str]:

@@ -24,9 +24,10 @@ import httpx
 
 from kvcore.protocol.chunks import chunk_keys
 from kvcore.protocol.messages import Entry
+from kvreal.ports import free_port
 from tests.bench.crowd import CPU, NAMESPACE, Crowd
 from tests.bench.reference.peer import Reference, found
-from tests.real.http.cluster import ROOT, eventually, free_port
+from tests.real.http.cluster import ROOT, eventually
 from tests.real.http.processes import commands
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(600)]

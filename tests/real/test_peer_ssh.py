@@ -17,7 +17,8 @@ from kvmove.cli import call
 from kvreal import lend
 from kvreal.borrow import Away
 from kvreal.pool import HostError
-from tests.real.http.processes import ROOT, free_ports, until
+from kvreal.ports import free_ports
+from tests.real.http.processes import ROOT, until
 
 pytestmark = pytest.mark.real
 

@@ -9,7 +9,8 @@ import json
 import subprocess
 from typing import Any
 
-from examples.vllm.stage import CPU, Engine, Stage, free_ports
+from examples.vllm.stage import CPU, Engine, Stage
+from kvreal.ports import free_ports
 
 PROMPT = "Explain the significance of KV cache in language models."
 

@@ -17,7 +17,8 @@ from typing import Any, Dict, Iterator, Tuple
 import httpx
 import pytest
 
-from tests.real.http.cluster import eventually, free_port
+from kvreal.ports import free_port
+from tests.real.http.cluster import eventually
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 FLAGS = (

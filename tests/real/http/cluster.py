@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import os
-import random
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -24,6 +21,7 @@ from kvcore.protocol.messages import Answer, Location, Namespace, StoreRequest, 
 from kvreal.endpoints import Endpoints
 from kvreal.engines.thread import EngineThread
 from kvreal.memory import Memory
+from kvreal.ports import free_port
 from kvreal.service import Service, WorkerParts
 from kvreal.transfer import make
 
@@ -35,15 +33,6 @@ QUICK = Config(
 )  # fmt: skip
 NAMESPACE = Namespace(bytes_per_token=512, chunk_tokens=64)
 T = TypeVar("T")
-
-
-def free_port() -> int:
-    """One that no outgoing connection is given: it must be free again when the next life binds it."""
-    while True:
-        port = random.randrange(11_000, 32_000)
-        with socket.socket() as sock, contextlib.suppress(OSError):
-            sock.bind(("127.0.0.1", port))
-            return port
 
 
 def eventually(check: Callable[[], T], timeout_s: float = 20.0, what: str = "") -> T:

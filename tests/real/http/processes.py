@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -14,18 +13,6 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[3]
 READY_S = 60.0
-
-
-def free_ports(count: int) -> list[int]:
-    """Different ports that nobody listens at now."""
-    socks = [socket.socket() for _ in range(count)]
-    try:
-        for sock in socks:
-            sock.bind(("127.0.0.1", 0))
-        return [sock.getsockname()[1] for sock in socks]
-    finally:
-        for sock in socks:
-            sock.close()
 
 
 def until(what: Callable[[], object], why: Callable[[], str], timeout_s: float = READY_S) -> None:

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.real.http.processes import commands, free_ports
+from kvreal.ports import free_ports
+from tests.real.http.processes import commands
 
 pytestmark = pytest.mark.real
 

@@ -16,8 +16,9 @@ import httpx
 
 import kvmove
 from kvmove.client import Refused
+from kvreal.ports import free_ports
 from tests.conftest import children
-from tests.real.http.processes import Command, commands, free_ports, until
+from tests.real.http.processes import Command, commands, until
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(180)]
 

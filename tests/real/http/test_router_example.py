@@ -19,7 +19,8 @@ import uvicorn
 
 from examples.router import Router
 from examples.router_http import make_app
-from tests.real.http.processes import ROOT, Command, commands, free_ports, until
+from kvreal.ports import free_ports
+from tests.real.http.processes import ROOT, Command, commands, until
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(180)]
 

@@ -23,10 +23,11 @@ from kvreal.endpoints import EndpointError, Endpoints, Header
 from kvreal.engines.thread import EngineThread
 from kvreal.keys import Keys, KeysError, load
 from kvreal.memory import Memory
+from kvreal.ports import free_ports
 from kvreal.service import Service, WorkerParts
 from kvreal.transfer import make as make_transfer
 from tests.real.http.cluster import QUICK, Cluster, Controller, Workers, eventually
-from tests.real.http.processes import commands, free_ports
+from tests.real.http.processes import commands
 
 pytestmark = pytest.mark.real
 MESSAGE = Alive(1, 2, 3)

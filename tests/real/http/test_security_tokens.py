@@ -16,7 +16,8 @@ from fastapi import Depends, FastAPI
 from fastapi.testclient import TestClient
 
 from kvreal.http.auth import Tokens, TokensError, dependency, read_tokens
-from tests.real.http.cluster import ROOT, Controller, free_port
+from kvreal.ports import free_port
+from tests.real.http.cluster import ROOT, Controller
 
 pytestmark = pytest.mark.real
 

@@ -21,8 +21,9 @@ pytest.importorskip("zmq")
 
 import httpx
 
+from kvreal.ports import free_ports
 from kvreal.transfer import available
-from tests.real.http.processes import Command, commands, free_ports, until
+from tests.real.http.processes import Command, commands, until
 
 pytestmark = [
     pytest.mark.real,

@@ -14,7 +14,8 @@ import pytest
 import zmq
 
 from kvcore.protocol.messages import Location, Namespace, Register
-from tests.real.http.processes import ROOT, Command, commands, free_ports, until
+from kvreal.ports import free_ports
+from tests.real.http.processes import ROOT, Command, commands, until
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(120)]
 READ, MOVE = "r" * 32, "m" * 32
