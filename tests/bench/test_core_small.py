@@ -110,9 +110,9 @@ def test_a_message_there_and_back(benchmark: Any, name: str) -> None:
 class Bare:
     """A controller and two workers, their messages delivered at once; copies and fills are done as soon as asked."""
 
-    def __init__(self) -> None:
+    def __init__(self, chunks: int = CHUNKS) -> None:
         config = Config(beat_ns=10**18, dead_ns=10**19, deadline_ns=10**18)
-        places = (Location("cpu", CHUNKS),)
+        places = (Location("cpu", chunks),)
         specs = [ControllerSpec("ctl", config)]
         workers = [WorkerSpec(f"{name}/0", name, 0, "ctl", NAMESPACE, places, config) for name in "ab"]
         self.machines: Dict[str, Machine] = {one.name: make_machine(one) for one in (*specs, *workers)}
@@ -142,9 +142,9 @@ class Bare:
                     self.queue.append((name, FillDone(effect.fid, True)))
 
 
-@pytest.mark.parametrize("chunks", [1, 16, CHUNKS])
+@pytest.mark.parametrize("chunks", [1, 16, CHUNKS, 4096])
 def test_a_move_through_bare_machines(benchmark: Any, chunks: int) -> None:
-    bare = Bare()
+    bare = Bare(max(chunks, CHUNKS))
     keys, lens = keys_of(chunks), (256,) * chunks
     bare.give("a/0", Received("client", StoreRequest("s", "cpu", keys, lens)))
     places = [("a", "cpu"), ("b", "cpu")]
