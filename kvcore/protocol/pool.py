@@ -45,23 +45,23 @@ def count_up(counts: Dict[Name, int], names: Sequence[Name]) -> None:
         counts[name] = counts.get(name, 0) + 1
 
 
-def count_down(counts: Dict[Name, int], names: Sequence[Name]) -> Sequence[Name]:
-    """One less for each name. Returns those that have come to 0, and have no count any more."""
+def count_down(counts: Dict[Name, int], names: Sequence[Name], by: int = 1) -> Sequence[Name]:
+    """So many less for each name. Returns those that have come to 0, and have no count any more."""
     if len(names) >= FEW:
         found = list(map(counts.get, names))
         first = found[0]
         if first is not None and found.count(first) == len(found):
-            if first == 1:
+            if first == by:
                 for name in names:
                     del counts[name]
                 return names
-            alike = dict.fromkeys(names, first - 1)
+            alike = dict.fromkeys(names, first - by)
             if len(alike) == len(names):
                 counts.update(alike)
                 return ()
     gone: List[Name] = []
     for name in names:
-        left = counts[name] - 1
+        left = counts[name] - by
         if left:
             counts[name] = left
         else:
@@ -112,12 +112,13 @@ class Pool:
     def ref_all(self, slots: Sequence[int]) -> None:
         count_up(self.refs, slots)
 
-    def unref_all(self, slots: Sequence[int]) -> None:
-        if len(slots) < FEW:
+    def unref_all(self, slots: Sequence[int], by: int = 1) -> None:
+        """Let go of so many references to each."""
+        if len(slots) < FEW and by == 1:
             for slot in reversed(slots):
                 self.unref(slot)
         else:
-            self.free.extend(reversed(count_down(self.refs, slots)))
+            self.free.extend(reversed(count_down(self.refs, slots, by)))
 
     def take(self, evict: bool) -> int:
         """A slot with one reference, the caller's; -1 if there is none. Nobody waits for space (H23)."""
@@ -254,8 +255,9 @@ class Pool:
         self.drops.append(key)
 
     def drop_all(self, keys: Sequence[Key], slots: Sequence[int]) -> bool:
-        """``drop``, tail first, of the end of a chain that lies in these slots. False, and nothing is dropped, if they
-        are not that, or if some are retained or in a user's pin."""
+        """``drop``, tail first, of the end of a chain that lies in these slots, all but the references to them: those
+        are the caller's now. False, and nothing is dropped, if they are not that, or if some are retained or in a
+        user's pin."""
         index, kids = self.index, self.kids
         inner = keys[:-1]
         try:
@@ -276,7 +278,6 @@ class Pool:
         for key in inner:
             del kids[key]
         count_down(kids, (found[0].parent,))
-        self.unref_all(slots)
         self.drops.extend(reversed(keys))
         return True
 

@@ -6,7 +6,7 @@ believed (H32). The view follows inventories by (inc, seq): a gap is asked for a
 
 from __future__ import annotations
 
-from typing import Dict, List, Optional, Sequence, Tuple, final
+from typing import Collection, Dict, List, Optional, Sequence, Tuple, final
 
 from kvcore.protocol.config import Config
 from kvcore.protocol.messages import Beat, Delta, Entry, Found, Inc, Key, Namespace, Position, Register, Snap
@@ -174,14 +174,15 @@ class Registry:
     def _add(self, view: View, entries: Sequence[Entry]) -> None:
         added = {entry.key: entry for entry in entries}
         held = view.entries
-        self._count(view.place, [key for key in added if key not in held], 1)
+        new = added if held.keys().isdisjoint(added) else [key for key in added if key not in held]
+        self._count(view.place, new, 1)
         held.update(added)
 
     def _remove(self, view: View, keys: Sequence[Key]) -> None:
         pop = view.entries.pop
         self._count(view.place, [key for key in keys if pop(key, None) is not None], -1)
 
-    def _count(self, place: Place, keys: Sequence[Key], by: int) -> None:
+    def _count(self, place: Place, keys: Collection[Key], by: int) -> None:
         """So many more of a place's ranks hold each of these keys."""
         holders = self.holders
         if len(keys) >= FEW:

@@ -126,15 +126,19 @@ class Source:
         self._unpin(name[1])
         out.append(Note("pin_lapsed", name[1]))
 
-    def _unpin(self, event: int) -> PinState:
-        """Kill the pin's id, then let go of its slots."""
+    def _unpin(self, event: int, dropped: int = 0) -> PinState:
+        """Kill the pin's id, then let go of its slots; of the first ``dropped`` for the index too."""
         pin = self.pins.pop(event)
         del self.alive[pin.pid]
         self.timers.cancel(("lease", event, 0))
         pool = pin.pool
         if pin.move:
             count_down(pool.moving, pin.slots)
-        pool.unref_all(pin.slots)
+        if dropped:
+            pool.unref_all(pin.slots[dropped:])
+            pool.unref_all(pin.slots[:dropped], 2)
+        else:
+            pool.unref_all(pin.slots)
         if not self.config.rules.h04:
             self.finished[event] = pin
         return pin
@@ -155,13 +159,14 @@ class Source:
         if pin is None or (pin.pid != m.pid and m.pid != NO_ID and rules.h05):
             out.append(Send(src, Released(m.event, m.pid, 0, 0, "pin_gone")))
             return
-        deleted = 0
+        deleted = dropped = 0
         kept_at: List[int] = []
         why = ""
         if m.delete:
             n = m.n if rules.h21 else len(pin.slots)
             if n >= FEW and pin.pool.drop_all(pin.keys[:n], pin.slots[:n]):
-                deleted, n = n, 0
+                dropped = deleted = n
+                n = 0
             for i in range(n - 1, -1, -1):
                 reason = self._keeps(pin, i)
                 if reason:
@@ -170,7 +175,7 @@ class Source:
                 else:
                     pin.pool.drop(pin.keys[i])
                     deleted += 1
-        self._unpin(m.event)
+        self._unpin(m.event, dropped)
         out.append(Send(src, Released(m.event, m.pid, deleted, len(kept_at), why, tuple(kept_at))))
 
     def _keeps(self, pin: PinState, i: int) -> str:

@@ -115,6 +115,8 @@ def test_putting_and_dropping_a_chain_is_putting_and_dropping_each(here: int) ->
     many.unretain(keys[4:6], slots[4:6])
     assert not many.drop_all(keys, [*slots[1:], slots[0]])  # they lie elsewhere
     assert many.drop_all(keys[5:], slots[5:])
+    assert state(many) != state(each)
+    many.unref_all(slots[5:])  # the index's references are the caller's
     for i in range(19, 4, -1):
         each.drop(keys[i])
     assert state(many) == state(each)
