@@ -30,12 +30,13 @@ integers = st.sampled_from(
     [0, 1, 2, 3, 4, 5, 7, -1, -(2**63), 2**63 - 1, 2**64 - 1, *[event_id(1, n) for n in range(5)], event_id(2, 1)]
 )
 strings = st.sampled_from(["L1", "L2", "a", "b", "", "Pin", "Fetch", "full", "stale_inc", "L9", CONTROLLER, *PEERS])
+floats = st.sampled_from([0.0, -1.0, 1.0, 1e-300, 5e9, 1e300, float("inf"), float("nan")])
 blobs = st.sampled_from([*KEYS, b"", b"x", b"y" * 32])
 
 
 def of(kind: Any) -> st.SearchStrategy[Any]:
     """Anything of a message's field type, with what is known here more often than not."""
-    plain = {int: integers, str: strings, bytes: blobs, bool: st.booleans()}
+    plain = {int: integers, float: floats, str: strings, bytes: blobs, bool: st.booleans()}
     if kind in plain:
         return plain[kind]
     if get_origin(kind) in (typing.Union, types.UnionType):
