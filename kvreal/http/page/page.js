@@ -109,7 +109,10 @@ function drawMoves() {
     fill(box.querySelector(".say"), [e.state, tokens, took, e.reason], () =>
       [el("span", over ? e.state : "busy", e.state), el("span", "dim", [e.reason, tokens, took].filter(Boolean).map(s => " · " + s).join(""))]);
     if (isMany(e)) setBar(box.querySelector(".bar"), p ? p.moved_tokens : over && e.state === "done" ? 1 : 0, p ? p.planned_tokens : 1);
-    else [...box.querySelectorAll(".steps i")].forEach((i, n) => { i.className = e.state === "done" || n < at ? "past" : n === at && !over ? "now" : ""; });
+    else [...box.querySelectorAll(".steps i")].forEach((i, n) => {
+      i.className = e.state === "done" || n < at ? "past" : n === at && !over ? (p ? "now part" : "now") : "";
+      i.style.setProperty("--part", p && n === at ? 100 * p.moved_tokens / (p.planned_tokens || 1) + "%" : "");
+    });
   });
 }
 
