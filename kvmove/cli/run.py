@@ -30,7 +30,9 @@ def run(
     ] = None,
     transport: Annotated[
         str,
-        typer.Option("--transport", help="What carries real bytes: auto, arena, nixl, socket, tcp.", metavar="NAME"),
+        typer.Option(
+            "--transport", help="What carries real bytes: auto, arena, nixl, mooncake, socket, tcp.", metavar="NAME"
+        ),
     ] = "auto",
     peers: Annotated[
         list[str] | None,

@@ -32,7 +32,7 @@ def up(
     ] = 8300,
     reply_port: Annotated[int, typer.Option("--reply-port", min=0, max=65535)] = 8400,
     transport: Annotated[
-        str, typer.Option("--transport", help="auto, arena, nixl, socket, tcp.", metavar="NAME")
+        str, typer.Option("--transport", help="auto, arena, nixl, mooncake, socket, tcp.", metavar="NAME")
     ] = "auto",
     journal: Annotated[
         str | None, typer.Option("--journal", help="Keep the controller's journal there; else it ends with this.")

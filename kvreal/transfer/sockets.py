@@ -103,7 +103,7 @@ class SocketCarrier(Carrier):
             for batch in found:
                 self.flow.turn(job, batch.nbytes)
                 if not read:
-                    _heed(effect.peer, streams.socks)
+                    _heed(streams.socks)
                 try:
                     whole = streams.carry(batch.views if read else job.outgoing(batch.views))
                 finally:
@@ -124,7 +124,7 @@ class SocketCarrier(Carrier):
             job.check()
             for sock, answer in zip(socks, answers):
                 if answer == REFUSED:
-                    raise TransferError(f"{job.copy.effect.peer}: {_why(sock)}")
+                    raise TransferError(f"the target says: {_why(sock)}")
             raise TransferError(f"{job.copy.effect.peer} did not take the bytes, or could not put them away")
 
     # ---- the side whose memory is touched
@@ -377,13 +377,13 @@ def _refuse(sock: socket.socket, why: str) -> None:
             pass
 
 
-def _heed(peer: str, socks: Sequence[socket.socket]) -> None:
+def _heed(socks: Sequence[socket.socket]) -> None:
     """TransferError if the target has said that it does not keep what it is sent."""
     for sock in socks:
         with contextlib.suppress(OSError):  # nothing has come; or the connection is gone, which sending will show
             if sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) == REFUSED:
                 sock.recv(1)
-                raise TransferError(f"{peer}: {_why(sock)}")
+                raise TransferError(f"the target says: {_why(sock)}")
 
 
 def _why(sock: socket.socket) -> str:
