@@ -404,7 +404,8 @@ def test_a_copy_onto_a_full_disk_fails_in_one_line_and_leaves_nothing(
         assert ended.why.endswith("cannot be written: No space left on device"), ended
     else:
         ended = a.copy(b, False, CPU, DISK, KEYS, range(6))
-        assert ended.why.startswith("the target says: ") and ended.why.endswith("cannot be written: No space left on device"), ended
+        assert ended.why.startswith("the target says: "), ended
+        assert ended.why.endswith("cannot be written: No space left on device"), ended
         assert "cannot be written: No space left on device" in caplog.text
     assert ended.state == "failed"
     monkeypatch.undo()
