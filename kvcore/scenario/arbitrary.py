@@ -183,7 +183,7 @@ class _Drawer:
         self.space: Space = space
         #: who moves the bytes, as most instances have it, and as others do
         self.ways: Tuple[Way, ...] = ("push", "read") if draw.once_in(2) else ("read", "push")
-        if not draw.once_in(3):
+        if not draw.once_in(2):
             self.ways = self.ways[:1]
         self.token_bytes: int = draw.choice((64, 256, 1024)) if space.ranks > 1 else 64
         self.places: List[str] = []
