@@ -196,7 +196,7 @@ class Host:
         if isinstance(spec, WorkerSpec):
             if self.memory.arena:
                 self.memory.arena = f"{ARENAS}/kvmove-{message.run}"
-                self.memory.arena_bytes = max(_in_memory(built).values(), default=0)
+                self.memory.arena_rooms = _in_memory(built)
             places = [(place.name, place.slots) for place in spec.locations]
             sizes = {place.name: place.slot_size(spec.namespace) for place in spec.locations}
             if self.memory.lay_out(places, 0, _stored_chunks(built), sizes):

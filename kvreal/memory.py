@@ -21,6 +21,7 @@ from kvreal.spans import Ints, Slots, firsts, ints
 from kvreal.store import Carries, DiskError, Home, Store
 
 _NONE: Final[Mapping[str, int]] = {}
+_NO_ROOMS: Final[Mapping[int, int]] = {}
 
 
 class Memory:
@@ -33,6 +34,8 @@ class Memory:
         self.shared: bool = shared
         self.arena: str = arena
         self.arena_bytes: int = arena_bytes
+        self.arena_rooms: Mapping[int, int] = _NO_ROOMS
+        """Bytes of a slot -> of the arena of such slots, where that is not ``arena_bytes``."""
         self.members: Dict[int, Member] = {}
         """This process's part of the arena, by bytes of a slot."""
         self.rows: Dict[str, Tuple[Member, int]] = {}
@@ -122,8 +125,9 @@ class Memory:
             self.leave_arena(keep=[size for size in wanted if self._joined(size)])
         for size, named in wanted.items():
             try:
+                room = self.arena_rooms.get(size, self.arena_bytes)
                 if size not in self.members:
-                    self.members[size] = join(self.arena, f"{os.getpid()}", size, self.arena_bytes)
+                    self.members[size] = join(self.arena, f"{os.getpid()}", size, room)
                 member = self.members[size]
                 member.lay_out(sum(named.values()))
             except ArenaError as error:
