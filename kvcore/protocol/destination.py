@@ -36,8 +36,10 @@ class Part:
     """keys[start:end] of a reservation, and the one copy that brings what of them is not here. COPYING until the bytes
     are there, then FENCING (read only) until the source says that they were good, then GOOD."""
 
-    def __init__(self, rid: Rid, start: int, end: int) -> None:
+    def __init__(self, rid: Rid, start: int, end: int, after: Rid) -> None:
         self.rid: Rid = rid
+        #: the copy whose bytes go before this one's
+        self.after: Rid = after
         self.start: int = start
         self.end: int = end
         #: how many tokens of it have come, as last heard
@@ -255,14 +257,14 @@ class Destination:
         """Begin as many as may be under way. One whose chunks are all here is good at once."""
         while r.begun < len(r.keys) and len(r.parts) < self.config.step_window:
             self.counter += 1
-            part = Part((self.epoch, self.counter), r.begun, min(r.begun + r.step, len(r.keys)))
+            part = Part((self.epoch, self.counter), r.begun, min(r.begun + r.step, len(r.keys)), r.newest)
             r.begun = part.end
             r.parts.append(part)
             if r.present and max(r.own[part.start : part.end]) < 0:
                 part.copied = part.good = True
                 continue
             self.by_rid[part.rid] = r
-            out.append(self._push(r, part, r.newest) if r.push else self._read(r, part, r.newest))
+            out.append(self._push(r, part) if r.push else self._read(r, part))
             r.newest = part.rid
             if not self.config.rules.h10 and not r.push:
                 out.append(Send(r.src, Fence(r.pid, part.rid)))
@@ -298,18 +300,18 @@ class Destination:
                 elif slot >= 0:
                     held[i] = -2
 
-    def _read(self, r: Reservation, part: Part, after: Rid = NO_ID) -> StartCopy:
+    def _read(self, r: Reservation, part: Part) -> StartCopy:
         ours, theirs, lens, keys = r.to_copy(part)
         return StartCopy(
             part.rid, True, r.src, r.src_epoch, r.src_location, theirs, r.pool.name, ours, lens, r.endpoint, keys,
-            r.terms, after,
+            r.terms, part.after,
         )  # fmt: skip
 
-    def _push(self, r: Reservation, part: Part, after: Rid = NO_ID) -> Send:
+    def _push(self, r: Reservation, part: Part) -> Send:
         ours, theirs, lens, keys = r.to_copy(part)
         push = Push(
             part.rid, r.pid, r.src_location, theirs, r.pool.name, ours, lens, self.epoch, self.endpoint, keys,
-            r.terms, after,
+            r.terms, part.after,
         )  # fmt: skip
         return Send(r.src, push)
 

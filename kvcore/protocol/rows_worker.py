@@ -83,6 +83,8 @@ def _writer() -> None:
     row = WRITER.row
     row("none", "Push", "write", "writing", "", "StartCopy")
     row("none", "Push: not above the mark", "refuse: doubled, or overtaken by its Stop", "", "h13 h13c", "Pushed")
+    row("none", "Push: below the mark, and awaited", "write: another is to be written after it", "writing", "h13",
+        "StartCopy")
     row("none", "Push: its pin is gone", "refuse: source_changed", "", "h09", "Pushed")
     row("writing", "Push: again", "ignored: it runs", "", "h13")
     row("none", "Stop", "raise the mark; nothing runs", "", "h13c", "Stopped")

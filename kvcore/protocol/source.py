@@ -67,6 +67,9 @@ class Source:
         self.writers: Dict[Rid, Writer] = {}
         #: (destination, its epoch) -> highest reservation id seen there: a doubled or late Push is refused (H13)
         self.marks: Dict[Tuple[str, int], int] = {}
+        #: below the mark and never seen: what a Push that was heard is to be written after, and that was lost or is
+        #: late. Each may come once, until a Stop says that it is not wanted any more.
+        self.awaited: Dict[Tuple[str, int, int], None] = {}
         #: only without h04: what a source that remembered finished events would delete again
         self.finished: Dict[int, PinState] = {}
 
@@ -205,10 +208,15 @@ class Source:
         if m.rid in self.writers:
             return
         where = (src, m.epoch)
-        if m.rid[1] <= self.marks.get(where, 0) and rules.h13:
-            out.append(Send(src, Pushed(m.rid, False, "copy_failed")))
-            return
-        self.marks[where] = max(m.rid[1], self.marks.get(where, 0))
+        mark = self.marks.get(where, 0)
+        if m.rid[1] <= mark and rules.h13:
+            if (*where, m.rid[1]) not in self.awaited:
+                out.append(Send(src, Pushed(m.rid, False, "copy_failed")))
+                return
+            del self.awaited[(*where, m.rid[1])]
+        if m.after[1] > mark:
+            self.awaited[(*where, m.after[1])] = None
+        self.marks[where] = max(m.rid[1], mark)
         if m.pid not in self.alive and rules.h09:
             out.append(Send(src, Pushed(m.rid, False, "source_changed")))
             return
@@ -223,6 +231,7 @@ class Source:
     def on_stop(self, now: int, src: str, m: Stop, out: List[Effect]) -> None:
         if self.config.rules.h13c:
             where = (src, m.rid[0])
+            self.awaited.pop((*where, m.rid[1]), None)
             self.marks[where] = max(m.rid[1], self.marks.get(where, 0))
         if m.rid in self.writers:
             out.append(AbortCopy(m.rid))  # its end answers

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Callable, Dict, List, Tuple
 
+import msgspec
+
 from kvcore.protocol.config import Rules, S
 from kvcore.protocol.machine import (
     Boot,
@@ -211,12 +213,18 @@ SOURCE: Dict[str, Case] = {
 }
 
 
-def writer(given: Callable[[Story], Input], stopped: bool = False, pinned: bool = True) -> Case:
+def writer(
+    given: Callable[[Story], Input], stopped: bool = False, pinned: bool = True, overtaken: bool = False
+) -> Case:
+    """``overtaken``: another push, which is to be written after this one, was there first."""
+
     def case(state: str) -> Tuple[Story, Act]:
         w, _ = source(clear)("held" if pinned else "none")
         w.rid = (9, 5)
         if stopped:
             hear(w, Stop(w.rid))
+        if overtaken:
+            hear(w, msgspec.structs.replace(push(w), rid=(9, 6), after=w.rid))
         if state == "writing":
             hear(w, push(w))
         return w, lambda: w.give("a/0", given(w))
@@ -235,6 +243,7 @@ def heard(make: Make, src: str = "b/0") -> Callable[[Story], Input]:
 WRITER: Dict[str, Case] = {
     "Push": writer(heard(push)),
     "Push: not above the mark": writer(heard(push), stopped=True),
+    "Push: below the mark, and awaited": writer(heard(push), overtaken=True),
     "Push: its pin is gone": writer(heard(push), pinned=False),
     "Push: again": writer(heard(push)),
     "Stop": writer(heard(lambda w: Stop(w.rid))),

@@ -11,6 +11,7 @@ from kvcore.protocol.messages import (
     End,
     MoveRequest,
     PinRequest,
+    Push,
     Release,
     Rid,
     StatusRequest,
@@ -146,6 +147,43 @@ def test_a_step_whose_copy_fails_ends_the_move_and_those_behind_it(push: bool) -
     answer = w.status(event)
     assert (answer.state, answer.reason) == ("failed", "copy_failed")
     assert (w.at("a/0"), w.at("b/0"), w.leaks(), w.wrong_bytes()) == ("wxyz", "w", "", "")
+
+
+@pytest.mark.parametrize("lost", ["w", "x"])
+def test_a_push_of_a_step_that_was_lost_is_asked_for_again(lost: str) -> None:
+    w = stepped(1, push=True)
+    w.until(Push)
+    for letter in [one for one in w.fresh if isinstance(one[2], Push) and set(one[2].keys) & set(keys(lost))]:
+        w.lose(letter)
+    w.mail()
+    assert len(w.copies) == 3 - len(lost)
+    w.elapse(w.specs["ctl"].config.retry_ns)  # the Fetch is sent again, and with it the Pushes
+    assert len(w.copies) == 3
+    w.settle()
+    assert (w.at("a/0"), w.at("b/0"), w.leaks(), w.wrong_bytes()) == ("", "wxyz", "", "")
+
+
+def test_a_push_of_a_step_that_comes_after_its_stop_or_twice_writes_nothing() -> None:
+    w = stepped(1, push=True)
+    w.until(Push)
+    first = next(one for one in w.fresh if isinstance(one[2], Push) and one[2].keys == keys("w"))
+    w.lose(first)
+    w.mail()
+    w.cancel(w.begun()[0])
+    w.settle()
+    assert w.leaks() == ""  # its Stop was answered: its slot may be used again
+    w.deliver(first)
+    assert not w.copies
+    w = stepped(1, push=True)
+    w.until(Push)
+    first = next(one for one in w.fresh if isinstance(one[2], Push) and one[2].keys == keys("w"))
+    w.lose(first)
+    w.mail()
+    w.deliver(first)
+    w.finish_copy("a/0", first[2].rid)  # type: ignore[union-attr]
+    running = len(w.copies)
+    w.deliver(first)
+    assert len(w.copies) == running
 
 
 def test_steps_that_the_destination_has_already_are_not_copied() -> None:

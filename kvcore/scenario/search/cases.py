@@ -191,6 +191,16 @@ CASES: Final[Tuple[Case, ...]] = (
         reach=(DONE, "Stopped", "shown:1"),
     ),
     Case(
+        "steps-push-reuse",
+        AB,
+        (("a/0", (X, Y)),),
+        (move("m", "a", "b", (X, Y), step=1),),
+        push=True,
+        budget=Budget(cancel=1, store=1, late=1),
+        foreign=(("b/0", Z),),
+        reach=("Stopped", "failed:cancelled"),
+    ),
+    Case(
         "steps-evict",
         AB,
         (("a/0", (X, Y)),),
