@@ -22,6 +22,7 @@ PLANTED = [
     (("h09",), "one-move-evict-store", "Byte"),
     (("h12",), "one-move", "Free"),
     (("h13",), "push-reuse", "Free"),
+    (("h13",), "steps-push-reuse", "Free"),
     (("h14",), "push-reuse", "Free"),
     (("h15", "h34"), "crossing-lapse", "Loss"),
     (("h16",), "shared-prefix", "Shared"),
