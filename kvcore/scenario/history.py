@@ -20,7 +20,7 @@ from kvcore.scenario.build import AnySpec, Built, make_machine
 from kvcore.scenario.located import in_words
 from kvcore.scenario.units import dec_hook, enc_hook
 
-VERSION: Final = 1
+VERSION: Final = 2
 #: A stream is written when so many bytes are waiting.
 _CHUNK_BYTES: Final = 1 << 18
 #: Before each packed line: its bytes.

@@ -169,6 +169,6 @@ def test_a_profile_that_is_not_there_is_one_line_to_who_runs_a_scenario(
 ) -> None:
     path = tmp_path / "nope.yaml"
     monkeypatch.setenv("KVMOVE_PROFILE", str(path))
-    with Pool("auto") as pool, pytest.raises(TransferError) as refused:
+    with pytest.raises(TransferError) as refused, Pool("auto") as pool:
         pool.take(1)
     assert str(refused.value) == f"profile {path}: cannot be read: No such file or directory"

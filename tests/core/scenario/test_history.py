@@ -12,6 +12,7 @@ import pytest
 from kvcore.protocol.machine import Boot, Note, Received, Send, TimerFired
 from kvcore.protocol.messages import Answer
 from kvcore.scenario.history import (
+    VERSION,
     FileHistory,
     Header,
     HistoryError,
@@ -39,7 +40,7 @@ def lines(count: int, node: str = "a/0", start: int = 0, step: int = 10) -> List
 
 
 def write(path: Path, items: List[Line], node: str = "", packed: bool = False) -> Header:
-    head = Header(1, "real", "s", node=node, packed=packed)
+    head = Header(VERSION, "real", "s", node=node, packed=packed)
     sink = FileHistory(path, head)
     for line in items:
         sink.add(line.t, line.node, line.input, line.out)
@@ -74,7 +75,7 @@ def test_replay_gives_equal_effects_and_finds_one_that_is_not(world: Any) -> Non
 def test_a_replay_needs_what_was_built_and_a_boot() -> None:
     built, _, _ = play(steps=STEPS)
     with pytest.raises(HistoryError, match="cannot be replayed"):
-        list(replay(Header(1, "sim", "x"), []))
+        list(replay(Header(VERSION, "sim", "x"), []))
     with pytest.raises(HistoryError, match="its first input is not Boot"):
         list(replay(header(built), [Line(0, "a/0", TimerFired(("beat", 0, 0)), [])]))
     with pytest.raises(HistoryError, match="node z/9 is in the history"):
@@ -146,7 +147,7 @@ def test_a_last_line_that_was_cut_off_is_dropped_with_a_warning(tmp_path: Path) 
         (lambda data: b"", ":1: not a kvmove history: it is empty"),
         (lambda data: b"name: a scenario\n", ":1: not a kvmove history"),
         (lambda data: b"\xff\xfe\x00\n" + data, ":1: not a kvmove history"),
-        (lambda data: data.replace(b'"version":1', b'"version":9'), ":1: history of version 9, expected 1"),
+        (lambda data: data.replace(b'"version":2', b'"version":1'), ":1: history of version 1, expected 2"),
         (lambda data: data.replace(b'"nonce":1', b'"nonce":"x"'), ":3: not a line of a history"),
         (lambda data: data + b"{}\n", ":5: not a line of a history"),
     ],
@@ -176,7 +177,7 @@ class FullDisk:
 
 
 def test_a_full_disk_is_said_once(tmp_path: Path) -> None:
-    sink = FileHistory(tmp_path / "h", Header(1, "sim", "s"))
+    sink = FileHistory(tmp_path / "h", Header(VERSION, "sim", "s"))
     assert sink._file is not None
     sink._file.close()
     sink._file = FullDisk()  # type: ignore[assignment]
@@ -190,18 +191,18 @@ def test_a_full_disk_is_said_once(tmp_path: Path) -> None:
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
 def test_a_really_full_disk() -> None:
     with pytest.raises(HistoryError, match="No space left on device"):
-        FileHistory(Path("/dev/full"), Header(1, "sim", "s"))
+        FileHistory(Path("/dev/full"), Header(VERSION, "sim", "s"))
 
 
 def test_a_directory_that_cannot_be(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(HistoryError, match="cannot write the history"):
-        FileHistory(tmp_path / "file" / "h", Header(1, "sim", "s"))
+        FileHistory(tmp_path / "file" / "h", Header(VERSION, "sim", "s"))
 
 
 def test_flushed_is_readable_at_once(tmp_path: Path) -> None:
     path = tmp_path / "h"
-    sink = FileHistory(path, Header(1, "sim", "s"))
+    sink = FileHistory(path, Header(VERSION, "sim", "s"))
     sink.add(0, "a/0", Boot(), [])
     assert list(read(path)[1]) == []
     sink.flush()
@@ -214,7 +215,7 @@ def test_merging_keeps_time_then_node_then_each_files_order(tmp_path: Path) -> N
     paths = [tmp_path / name for name in ("b", "a", "again")]
     for path, items in zip(paths, (b, a, again)):
         write(path, items, items[0].node)
-    head = Header(1, "real", "s")
+    head = Header(VERSION, "real", "s")
     merge(paths, tmp_path / "out", head)
     found, items_read = read(tmp_path / "out")
     assert found == head
@@ -225,7 +226,7 @@ def test_merging_a_killed_process_drops_its_last_line(tmp_path: Path) -> None:
     write(tmp_path / "a", lines(2))
     (tmp_path / "a").write_bytes((tmp_path / "a").read_bytes()[:-9])
     said: List[str] = []
-    merge([tmp_path / "a"], tmp_path / "out", Header(1, "real", "s"), said.append)
+    merge([tmp_path / "a"], tmp_path / "out", Header(VERSION, "real", "s"), said.append)
     assert list(read(tmp_path / "out")[1]) == lines(1) and len(said) == 1
 
 
@@ -233,7 +234,7 @@ def test_merging_names_a_damaged_line(tmp_path: Path) -> None:
     write(tmp_path / "a", lines(2))
     (tmp_path / "a").write_bytes((tmp_path / "a").read_bytes().replace(b'"t":10', b'"t":oh'))
     with pytest.raises(HistoryError, match="a:3: not a line"):
-        merge([tmp_path / "a"], tmp_path / "out", Header(1, "real", "s"))
+        merge([tmp_path / "a"], tmp_path / "out", Header(VERSION, "real", "s"))
 
 
 def test_packed_lines_are_the_same_lines(tmp_path: Path) -> None:
@@ -243,7 +244,7 @@ def test_packed_lines_are_the_same_lines(tmp_path: Path) -> None:
     for name, packed in (("plain", False), ("packed", True)):
         write(tmp_path / name, items, packed=packed)
     assert list(read(tmp_path / "packed")[1]) == items
-    head = Header(1, "real", "s")
+    head = Header(VERSION, "real", "s")
     for name in ("plain", "packed"):
         merge([tmp_path / name], tmp_path / f"of {name}", head)
     assert (tmp_path / "of packed").read_bytes() == (tmp_path / "of plain").read_bytes()
@@ -257,7 +258,7 @@ def test_a_packed_line_that_was_cut_off_is_dropped(tmp_path: Path, cut: int) -> 
     write(path, lines(2), packed=True)
     path.write_bytes(path.read_bytes()[: min(whole + cut, path.stat().st_size - 1)])
     said: List[str] = []
-    merge([path], tmp_path / "out", Header(1, "real", "s"), said.append)
+    merge([path], tmp_path / "out", Header(VERSION, "real", "s"), said.append)
     assert list(read(tmp_path / "out")[1]) == lines(1) and len(said) == 1 and "a:3" in said[0]
 
 
@@ -265,7 +266,7 @@ def test_a_damaged_packed_line_is_named(tmp_path: Path) -> None:
     write(tmp_path / "a", lines(2), packed=True)
     (tmp_path / "a").write_bytes((tmp_path / "a").read_bytes().replace(b"Boot", b"Boat", 1))
     with pytest.raises(HistoryError, match="a:2: not a line"):
-        merge([tmp_path / "a"], tmp_path / "out", Header(1, "real", "s"))
+        merge([tmp_path / "a"], tmp_path / "out", Header(VERSION, "real", "s"))
 
 
 def test_a_result_as_json() -> None:

@@ -19,6 +19,7 @@ import pytest
 
 from kvcore.protocol.machine import StartCopy
 from kvreal.memory import Memory
+from kvreal.spans import packed
 from kvreal.transfer import TransferError
 from kvreal.transfer import make as make_transfer
 from kvreal.transfer.frames import Challenge, Sealed, read_message, send_message
@@ -96,7 +97,7 @@ def test_a_recorded_hello_opens_nothing(sides: Callable[[str, bytes], Side]) -> 
     """Replayed byte for byte on a new connection: the nonce is another, so the proof is wrong."""
     a = sides("a", b"s" * 32)
     port = a.transfer.windows.port
-    hello = Hello("kvmove", "read", "b", 1, "a", 1, "A", ((0, 4096),), by="socket")
+    hello = Hello("kvmove", "read", "b", 1, "a", 1, "A", packed([0]), packed([4096]), by="socket")
     tapped: list[bytes] = []
 
     class Tap(socket.socket):
@@ -165,7 +166,8 @@ def test_garbage_at_a_window_is_refused_and_does_no_harm(sides: Callable[[str, b
 
 def test_who_came_before_there_was_a_secret_is_refused_after(sides: Callable[[str, bytes], Side]) -> None:
     a = sides("a", b"")
-    hello = msgspec.msgpack.encode(Hello("kvmove", "read", "b", 1, "a", 1, "A", ((0, 4096),), by="socket"))
+    asked = Hello("kvmove", "read", "b", 1, "a", 1, "A", packed([0]), packed([4096]), by="socket")
+    hello = msgspec.msgpack.encode(asked)
     with socket.create_connection(("127.0.0.1", a.transfer.windows.port)) as sock:
         eventually(lambda: a.transfer.windows.strangers == 1)
         a.transfer.windows.secret = b"s" * 32
