@@ -26,7 +26,7 @@ from kvcore.protocol.machine import (
     WindowClosed,
 )
 from kvcore.protocol.messages import Answer, Beat, End, Found, MoveRequest, Pin
-from kvcore.scenario.history import Header, Line, ListHistory
+from kvcore.scenario.history import VERSION, Header, Line, ListHistory
 from kvcore.scenario.render import describe, describe_effect, describe_input, diagram, duration
 from tests.core.scenario.tiny import header, play
 
@@ -37,7 +37,7 @@ STEPS = [
     {"move": {"from": "b/cpu", "to": "a/cpu", "prompt": "q", "as": "n"}},
     {"settle": {}},
 ]
-HEAD = Header(1, "real", "s")
+HEAD = Header(VERSION, "real", "s")
 PIN = Pin(1, 1 << 32 | 1, "cpu", (b"k", b"l"), True, 1)
 
 
