@@ -147,5 +147,6 @@ def make(name: str, memory: Memory, at: Tuple[str, int] = ("127.0.0.1", 0), prof
     if name != "auto" and wanted[0] in made.lacking:
         made.stop()
         raise TransferError(made.lacking[wanted[0]])
+    made.auto = name == "auto"
     made.profile = measured
     return made

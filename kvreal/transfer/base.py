@@ -81,6 +81,8 @@ class Transfer:
                 self.carriers[carrier.name] = carrier
         if not self.carriers:
             raise TransferError(f"no transport works here: {self.lacking}")
+        self.auto: bool = True
+        """Nobody has named the transport that is to be taken."""
         self.profile: Optional[Profile] = None
         """What was measured of these transports here; see choice.py."""
         self.said: Dict[Tuple[str, str, str], str] = {}
@@ -451,7 +453,7 @@ class Transfer:
 
     def _choose(self, job: Job, endpoint: Endpoint) -> Carrier:
         effect = job.copy.effect
-        chosen = choose(job, self.carriers, endpoint, self.profile)
+        chosen = choose(job, self.carriers, endpoint, self.profile, self.auto)
         job.chosen = chosen.why
         where = (endpoint.process, effect.location, effect.peer_location)
         if self.said.get(where) != chosen.carrier.name:

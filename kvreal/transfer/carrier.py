@@ -60,6 +60,10 @@ class Carrier:
         which are ``cpu``, ``disk`` or ``gpu`` memory."""
         raise NotImplementedError
 
+    def shuns(self, card: str, read: bool) -> str:
+        """Why ``auto`` should have such a copy carried by another, where another can; empty: it need not."""
+        return ""
+
     # ---- the side that moves the bytes, in a thread of its own
     def layout(self, endpoint: Endpoint) -> int:
         """Which layout of the peer's memory is known, for its ``info`` to leave out what is."""

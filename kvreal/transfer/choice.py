@@ -52,8 +52,10 @@ def profile_from(path: str = "") -> Optional[Profile]:
     return profile
 
 
-def choose(job: Job, carriers: Dict[str, Carrier], endpoint: Endpoint, profile: Optional[Profile]) -> Choice:
-    """TransferError says what each end has."""
+def choose(
+    job: Job, carriers: Dict[str, Carrier], endpoint: Endpoint, profile: Optional[Profile], auto: bool = True
+) -> Choice:
+    """TransferError says what each end has. Not ``auto``: somebody has named the first of ``carriers``."""
     effect = job.copy.effect
     mine, theirs = kind_of(effect.location), kind_of(effect.peer_location)
     able: List[str] = []
@@ -67,13 +69,26 @@ def choose(job: Job, carriers: Dict[str, Carrier], endpoint: Endpoint, profile: 
             f"no transport between {mine} memory here ({', '.join(carriers)}) and {theirs} memory of "
             f"{effect.peer} ({have})"
         )
+    if auto and len(able) > 1:
+        able, shunned = _unshunned(able, carriers, endpoint, effect.read)
+        if shunned and len(able) == 1:
+            return Choice(carriers[able[0]], f"{able[0]}: {shunned}")
     if len(able) == 1:
         return Choice(carriers[able[0]], f"{able[0]}: the only one that both ends have and that reaches both")
-    if profile is None or able[0] == NO_BYTES:
+    if profile is None or not auto or able[0] == NO_BYTES:
         return Choice(carriers[able[0]], f"{able[0]}: first of those both ends have: {', '.join(able)}")
     source, target = (theirs, mine) if effect.read else (mine, theirs)
     name, said = _fastest(able, profile, source, target, job)
     return Choice(carriers[name], f"{name}: {said} by profile {profile.name}")
+
+
+def _unshunned(
+    able: List[str], carriers: Dict[str, Carrier], endpoint: Endpoint, read: bool
+) -> Tuple[List[str], str]:
+    """(those that do not shun such a copy, or all if all do; who does and why)."""
+    why = {name: carriers[name].shuns(endpoint.card(name) or "", read) for name in able}
+    left = [name for name in able if not why[name]]
+    return left or able, "; ".join(f"not {name}, {said}" for name, said in why.items() if said)
 
 
 def _fastest(able: List[str], profile: Profile, source: str, target: str, job: Job) -> Tuple[str, str]:

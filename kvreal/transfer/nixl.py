@@ -15,7 +15,9 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import glob
+import hashlib
 import importlib
 import importlib.util
 import os
@@ -39,12 +41,16 @@ from kvreal.transfer.job import Job, Stopped
 from kvreal.transfer.line import Endpoint, parse
 from kvreal.transfer.proof import Tables
 from kvreal.transfer.window import END, REVOKE, Hello, Info, Window
+from kvreal.ucx import hardware
 
 IN_FLIGHT: Final = 8
 LOOKS: Final = 8
 """At a small copy just posted, before its thread sleeps and its peer is asked for progress."""
 FEW: Final = 16
 """Chunks of a copy that are laid out one by one rather than as arrays."""
+RDMA: Final = "+rdma"
+NEAR_WAYS: Final = ("cma", "sm", "shm", "all")
+"""What UCX_TLS calls the ways into the memory of a process beside."""
 SHORTEST_SLEEP_S: Final = 20e-6
 LONGEST_SLEEP_S: Final = 100e-6
 """Between two looks at what needs our progress. An emulated copy moves only while somebody looks."""
@@ -92,6 +98,17 @@ def _load_cuda_runtime() -> None:
                 ctypes.CDLL(path, ctypes.RTLD_GLOBAL)
 
 
+@functools.lru_cache(1)
+def _host() -> str:
+    """Of two processes with the same one UCX reads the one's memory from the other (CMA). Empty: it is told not to."""
+    names = os.environ.get("UCX_TLS", "^").lower()
+    if any(one in names.strip("^").split(",") for one in NEAR_WAYS) == names.startswith("^"):
+        return ""
+    with open("/proc/sys/kernel/random/boot_id") as file:
+        where = f"{file.read().strip()} {os.readlink('/proc/self/ns/pid')}"
+    return hashlib.blake2b(where.encode(), digest_size=6, person=b"kvmove").hexdigest()
+
+
 class Peer:
     """What is known of another process's agent."""
 
@@ -121,6 +138,17 @@ class NixlCarrier(Carrier):
 
     def ucx_prints_to(self, fd: int) -> None:
         self.tables.fd = fd
+
+    def card(self) -> str:
+        """Which host this is, as far as another process's memory can be read there, and whether it has RDMA."""
+        return f"{_host()}{RDMA if 'rdma' in hardware() else ''}"
+
+    def shuns(self, card: str, read: bool) -> str:
+        mine = self.card()
+        near = bool(_host()) and card.removesuffix(RDMA) == _host()
+        if not read or near or (card.endswith(RDMA) and mine.endswith(RDMA)):
+            return ""
+        return "whose reads over TCP can take the source's process along when their destination dies"
 
     def reaches(self, card: str, mine: str, theirs: str) -> bool:
         return "disk" not in (mine, theirs)  # files have no addresses that a peer could reach

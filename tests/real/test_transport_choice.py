@@ -13,7 +13,7 @@ from kvcore.scenario.profile import CopyCost, Made, Profile
 from kvreal.facts import cores, cpu_model, host_id
 from kvreal.memory import Memory
 from kvreal.pool import Pool
-from kvreal.transfer import TransferError, make
+from kvreal.transfer import TransferError, make, nixl
 from kvreal.transfer.carrier import Carrier
 from kvreal.transfer.choice import VARIABLE, choose, profile_from
 from kvreal.transfer.flow import Flow
@@ -66,6 +66,43 @@ def test_without_a_profile_the_first_of_those_that_both_ends_have() -> None:
     assert choose(job(mine=DISK), mine, peer("nixl", "socket"), None).why == (
         "socket: the only one that both ends have and that reaches both"
     )
+
+
+@pytest.mark.parametrize("profile", [None, "fastest"])
+def test_a_read_between_hosts_that_could_take_the_source_along_goes_another_way(
+    monkeypatch: pytest.MonkeyPatch, profile: Any
+) -> None:
+    monkeypatch.setattr(nixl, "_host", lambda: "aa")
+    fast = measured(("nixl", "cpu", "cpu", 9e9), ("socket", "cpu", "cpu", 1e9)) if profile else None
+    bare: Any = nixl.NixlCarrier.__new__(nixl.NixlCarrier)
+    mine: Dict[str, Carrier] = {"nixl": bare, "socket": Stub("socket")}
+
+    def by(card: str, devices: frozenset[str] = frozenset(), **how: Any) -> str:
+        monkeypatch.setattr(nixl, "hardware", lambda: devices)
+        auto = how.pop("auto", True)
+        return choose(job(**how), mine, peer("nixl", "socket", nixl=card), fast, auto).why
+
+    assert by("bb").startswith("socket: not nixl, whose reads over TCP can take the source's process along")
+    assert by("aa").startswith("nixl: ")
+    assert by("bb", read=False).startswith("nixl: ")
+    assert by("bb+rdma").startswith("socket: ") and by("bb", frozenset({"rdma"})).startswith("socket: ")
+    assert by("bb+rdma", frozenset({"rdma"})).startswith("nixl: ")
+    assert by("bb", auto=False).startswith("nixl: ")
+    only = {"nixl": mine["nixl"]}
+    assert choose(job(), only, peer("nixl", nixl="bb"), fast).carrier is bare
+
+
+@pytest.mark.parametrize(
+    ("names", "near"),
+    [(None, True), ("^posix,sysv", True), ("cma,tcp", True), ("all", True), ("tcp", False), ("^cma", False)],
+)
+def test_who_may_not_read_beside_is_on_a_host_of_its_own(
+    monkeypatch: pytest.MonkeyPatch, names: str | None, near: bool
+) -> None:
+    monkeypatch.delenv("UCX_TLS", raising=False)
+    if names is not None:
+        monkeypatch.setenv("UCX_TLS", names)
+    assert bool(nixl._host.__wrapped__()) == near
 
 
 def test_none_is_said_with_what_each_end_has() -> None:
