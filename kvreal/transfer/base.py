@@ -488,7 +488,7 @@ class Transfer:
 
         def hello(line: Line) -> Hello:
             nonlocal parts
-            parts = parts if links else carrier.streams(job, line.unix)
+            parts = parts if links else carrier.streams(job)
             return first if parts == 1 else msgspec.structs.replace(first, part=len(links), parts=parts)
 
         def soil() -> None:

@@ -69,8 +69,8 @@ class Carrier:
         """Which layout of the peer's memory is known, for its ``info`` to leave out what is."""
         return -1
 
-    def streams(self, job: Job, unix: bool) -> int:
-        """How many windows, each on a line of its own, a copy is to have; ``unix``: whether they are Unix sockets."""
+    def streams(self, job: Job) -> int:
+        """How many windows, each on a line of its own, a copy is to have."""
         return 1
 
     def at_once(self, job: Job, endpoint: Endpoint) -> str:

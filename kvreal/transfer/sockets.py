@@ -57,10 +57,10 @@ class SocketCarrier(Carrier):
     def reaches(self, card: str, mine: str, theirs: str) -> bool:
         return True
 
-    def streams(self, job: Job, unix: bool) -> int:
+    def streams(self, job: Job) -> int:
         effect = job.copy.effect
         staged = {kind_of(effect.location), kind_of(effect.peer_location)} != {"cpu"}
-        return 1 if unix or staged or job.nbytes < STREAMS_FROM_BYTES else STREAMS
+        return 1 if staged or job.nbytes < STREAMS_FROM_BYTES else STREAMS
 
     def carry(self, job: Job, link: Link) -> str:
         socks = [one.line.sock for one in (link, *link.others)]
