@@ -193,7 +193,9 @@ class Memory:
     def leave_arena(self, keep: Sequence[int] = ()) -> None:
         """Let go of all that this process has there. ``keep``: but for what has slots of these sizes."""
         for size in [size for size in self.members if size not in keep]:
-            self.members.pop(size).leave()
+            member = self.members.pop(size)
+            self.rows = {name: row for name, row in self.rows.items() if row[0] is not member}
+            member.leave()
 
     def row(self, location: str, slots: Slots) -> Ints:
         """What slots are called in the arena."""

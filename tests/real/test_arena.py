@@ -258,3 +258,28 @@ steps:
 """
     assert run(build(loads(text, "stuck.yaml")), transport="arena", timeout_s=0.5).hung
     assert len(taken) == 1 and not Path(taken[0]).exists()
+
+
+def test_processes_that_have_been_other_nodes_before_leave_no_arena() -> None:
+    """One that had a part in an arena is kept, and is the controller, or nobody, in the next run."""
+    from kvcore.scenario.build import build
+    from kvcore.scenario.loader import loads
+    from kvreal.pool import Pool
+    from kvreal.run import run
+
+    text = """
+name: moved
+kv: {bytes_per_token: 1 KiB, chunk: 16 tokens}
+instances:
+  a: {locations: {LocalCPUBackend: 64 KiB}}
+  b: {locations: {LocalCPUBackend: 64 KiB}}
+steps:
+  - store: {at: a/LocalCPUBackend, prompt: p, tokens: 32}
+  - move: {from: a/LocalCPUBackend, to: b/LocalCPUBackend, prompt: p}
+"""
+    before = set(os.listdir(ARENAS))
+    with Pool("arena") as pool:
+        for _ in range(4):
+            assert run(build(loads(text, "moved.yaml")), pool=pool).clean
+    left = {name for name in set(os.listdir(ARENAS)) - before if name.startswith("kvmove-") and "test" not in name}
+    assert not [name for name in left if not any(Path(ARENAS, name).rglob("pool"))]
