@@ -101,7 +101,7 @@ def _directions() -> Tuple[str, Dict[str, str]]:
             _, why = best_direction([(known, known)], source, target, MEASURED_BYTES, 1)
             if why:
                 found[f"{source} to {target}"] = why
-    return profile.name, found
+    return (profile.name if found else f"profile {profile.name}: no copy was measured both ways"), found
 
 
 def _auto() -> Tuple[str, ...]:

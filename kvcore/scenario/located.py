@@ -138,7 +138,7 @@ def _explain(error: msgspec.ValidationError, text: str, data: Any, kind: Any, pa
     if match:
         return Mistake(path, in_words(text))
     if _ENUM.match(text):
-        known = [str(value) for value in _literals(kind)]
+        known = [str(value) for value in _literals(kind) if value != ""]
         if int in _members(kind):
             return Mistake(path, f"found {shown(data)}, expected a whole number or {choices(known)}")
         return Mistake(path, unknown("value", str(data), known))

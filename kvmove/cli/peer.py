@@ -50,8 +50,8 @@ def peer(
     except ImportError as error:
         raise RealUnavailable(f"a peer needs more ({error}): pip install 'kvmove[real]'") from None
     by_stdin = token == "-"
+    host, port = _address(listen)  # first: a wrong one makes no token
     secret = _secret(_told() if by_stdin else b"", token, keys)
-    host, port = _address(listen)
     waiting = lend.Peer(host, port, secret, lambda text: print(f"kvmove: {text}", file=sys.stderr, flush=True))
     print(f"{waiting.address[0]}:{waiting.address[1]}", flush=True)
     _lend(waiting, by_stdin)

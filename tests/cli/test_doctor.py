@@ -94,6 +94,9 @@ def test_by_a_profile_it_says_who_moves_the_bytes_and_why(
     assert call(["doctor", "--json"]) == 0
     found = json.loads(capsys.readouterr()[0])
     assert found["directions"] == {"cpu to cpu": "push: 3 GB/s, read 1 by profile mine"}
+    (tmp_path / "p.yaml").write_text("\n".join(["name: mine", "copies:", rows[0], ""]))
+    assert call(["doctor"]) == 0
+    assert "no copy was measured both ways" in " ".join(capsys.readouterr()[0].split())
     monkeypatch.setenv("KVMOVE_PROFILE", str(tmp_path / "none.yaml"))
     assert call(["doctor"]) == 0
     assert "none.yaml" in capsys.readouterr()[0]

@@ -314,6 +314,7 @@ def test_bad_input_of_a_peer(
     assert call(["peer", *argv]) == 2
     err = capsys.readouterr().err
     assert said in err and len(err.strip().splitlines()) == 1
+    assert "expected HOST:PORT" not in said or not (tmp_path / "T").exists(), "a wrong address makes no token"
 
 
 def test_which_instance_goes_where() -> None:
