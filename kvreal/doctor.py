@@ -132,11 +132,14 @@ def _try_all(saying: Said) -> Tuple[Tried, ...]:
 
 
 def try_transport(name: str) -> Tried:
-    """In a process of its own: whatever a transport's libraries do there, and print, ends with it."""
+    """In a process of its own: whatever a transport's libraries do there, and print, ends with it. No profile has a say
+    in it."""
     try:
+        from kvreal.transfer.choice import VARIABLE
+
         done = subprocess.run(
             [sys.executable, "-m", "kvreal.doctor", name], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-            timeout=PROCESS_TIMEOUT_S, env=child_environment(), check=False,
+            timeout=PROCESS_TIMEOUT_S, env={**child_environment(), VARIABLE: ""}, check=False,
         )  # fmt: skip
         return msgspec.json.decode(done.stdout, type=Tried)
     except subprocess.TimeoutExpired:

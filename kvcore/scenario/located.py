@@ -24,6 +24,8 @@ _UNKNOWN: Final = re.compile(r"Object contains unknown field `(.*)`\Z", re.DOTAL
 _MISSING: Final = re.compile(r"Object missing required field `(.*)`\Z", re.DOTALL)
 _WRONG: Final = re.compile(r"Expected `(.*)`, got `(.*)`\Z", re.DOTALL)
 _LENGTH: Final = re.compile(r"Expected `array` of length (\d+)(?:, got (\d+))?\Z")
+_BOUND: Final = re.compile(r"Expected `(\w+)` (<=|>=|<|>) (.+)\Z")
+_BOUNDS: Final[Dict[str, str]] = {"<=": "at most", ">=": "at least", "<": "less than", ">": "more than"}
 _ENUM: Final = re.compile(r"Invalid enum value .*\Z", re.DOTALL)
 _WORDS: Final[Dict[str, str]] = {
     "int": "a whole number",
@@ -61,10 +63,17 @@ def in_words(text: str) -> str:
         return f"{match.group(1)} is missing"
     if match := _LENGTH.match(text):
         return f"found a list of {match.group(2) or 'another length'}, expected one of {match.group(1)}"
+    if match := _BOUND.match(text):
+        return f"expected {_bounded(match)}"
     if match := _WRONG.match(text):
         expected = [_WORDS.get(word, word) for word in match.group(1).split(" | ")]
         return f"found {_WORDS.get(match.group(2), match.group(2))}, expected {' or '.join(expected)}"
     return " ".join(text.replace("`", "").split())
+
+
+def _bounded(match: re.Match[str]) -> str:
+    kind, sign, bound = match.groups()
+    return f"{_WORDS.get(kind, kind)}, {_BOUNDS[sign]} {bound}"
 
 
 def _locate(error: msgspec.ValidationError, data: Any, kind: Any, path: Path) -> Mistake:
@@ -134,6 +143,9 @@ def _explain(error: msgspec.ValidationError, text: str, data: Any, kind: Any, pa
             fields = f" of {choices(struct.__struct_encode_fields__)}" if struct is not None else ""
             return Mistake(path, f"found nothing, expected {' or '.join(expected)}{fields}")
         return Mistake(path, f"found {shown(data)}, expected {' or '.join(expected)}{quote}")
+    match = _BOUND.match(text)
+    if match:
+        return Mistake(path, f"found {shown(data)}, expected {_bounded(match)}")
     match = _LENGTH.match(text)
     if match:
         return Mistake(path, in_words(text))

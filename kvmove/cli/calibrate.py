@@ -26,7 +26,9 @@ CHECK_S: Final = 25.0
 
 def calibrate(
     out: Annotated[str, typer.Option("--out", help="Write the profile there.", metavar="FILE")] = OUT,
-    quick: Annotated[bool, typer.Option("--quick", help="Once through, fewer sizes: about 20 s.")] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Once through, fewer sizes: about 20 s, and 25 s for its check.")
+    ] = False,
     seconds: Annotated[
         float, typer.Option("--seconds", help="Measure again and again for about so long.", min=1.0, max=3600.0)
     ] = 40.0,

@@ -79,7 +79,7 @@ class Flow:
         job.asked_bytes += nbytes
         job.over = job.over or job.asked_bytes >= job.nbytes
         if job.cap_bytes_per_s > 0:
-            job.free_at_s += nbytes / job.cap_bytes_per_s
+            job.pace.free_at_s += nbytes / job.cap_bytes_per_s
 
     def _next(self) -> Optional[Job]:
         """Of those that wait for nothing else."""
@@ -100,8 +100,8 @@ class Flow:
         if job.cap_bytes_per_s <= 0:
             return True
         now = time.monotonic()
-        job.free_at_s = max(job.free_at_s, now - BURST_S)
-        wait_s = job.free_at_s - now
+        job.pace.free_at_s = max(job.pace.free_at_s, now - BURST_S)
+        wait_s = job.pace.free_at_s - now
         if wait_s > 0 and wait:
             job.aborted.wait(wait_s)
             job.check()

@@ -70,6 +70,14 @@ class Stopped(Exception):
     """Raised inside a copy that was told to stop, when it has."""
 
 
+class Pace:
+    """Of all copies of one move: its cap is theirs together."""
+
+    def __init__(self) -> None:
+        self.free_at_s: float = 0.0
+        """When the cap lets the next byte go, by the monotonic clock."""
+
+
 class Job:
     """A copy under way. ``wake`` is how its transport wakes a thread that waits for the network."""
 
@@ -102,8 +110,7 @@ class Job:
         self.cap_bytes_per_s: int = terms.cap_bytes_per_s
         self.service: float = 0.0
         """What it has had so far for its weight, bytes; flow.py."""
-        self.free_at_s: float = 0.0
-        """When its cap lets the next byte go, by the monotonic clock."""
+        self.pace: Pace = Pace() if before is None else before.pace
         sizes = ints(effect.lens) * copy.bytes_per_token
         self.spans: Spans = Spans(effect.slots, effect.peer_slots, sizes).first(copy.fate.fraction)
         self.nbytes: int = self.spans.nbytes

@@ -68,6 +68,13 @@ def test_every_transport_is_tried_between_all_kinds_of_location(capsys: pytest.C
 
 
 @pytest.mark.real
+def test_a_profile_that_cannot_be_read_is_no_fault_of_a_transport(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KVMOVE_PROFILE", "/nowhere.yaml")
+    assert doctor.try_transport("socket").works
+    assert "/nowhere.yaml" in doctor._directions()[0]
+
+
+@pytest.mark.real
 def test_in_a_pipe_it_is_plain_text(capsys: pytest.CaptureFixture[str]) -> None:
     assert call(["doctor"]) == 0
     out, _ = capsys.readouterr()

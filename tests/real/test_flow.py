@@ -10,7 +10,7 @@ import pytest
 
 from kvcore.protocol.machine import StartCopy
 from kvcore.protocol.messages import Terms
-from kvreal.transfer.flow import BATCH_BYTES, Flow
+from kvreal.transfer.flow import BATCH_BYTES, BURST_S, Flow
 from kvreal.transfer.job import Copy, Job, Stopped
 
 MIB = 1 << 20
@@ -95,6 +95,23 @@ def test_a_cap_is_kept() -> None:
         flow.done()
         moved += batch
     assert time.monotonic() - begun >= 0.95 * (20 - 2) / 100
+
+
+def test_the_copies_of_one_move_have_one_cap() -> None:
+    """Each step of a move is a copy; what one may move early it may move early once."""
+    flow = Flow()
+    first = job(1, cap=100 * MIB)
+    steps = [first]
+    for _ in range(10):
+        steps.append(Job(first.copy, steps[-1]))
+    begun = time.monotonic()
+    for step in steps:
+        flow.enter(step)
+        flow.turn(step, 1 * MIB)
+        flow.done()
+        flow.leave(step)
+    took = time.monotonic() - begun
+    assert took >= (len(steps) - 1) / 100 - BURST_S, "bytes went that the cap forbids"
 
 
 def test_without_a_cap_batches_are_whole() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Optional
+from typing import Annotated, Optional
 
 import msgspec
 import pytest
@@ -13,6 +13,7 @@ from kvcore.scenario.located import in_words
 class Inner(msgspec.Struct, forbid_unknown_fields=True):
     n: Optional[int] = None
     pair: tuple[int, int] = (0, 0)
+    share: Annotated[int, msgspec.Meta(le=100)] = 0
 
 
 class Outer(msgspec.Struct, forbid_unknown_fields=True):
@@ -25,6 +26,7 @@ class Outer(msgspec.Struct, forbid_unknown_fields=True):
         ('{"inner": [{"n": "x"}]}', "inner[0].n: found text, expected a whole number or nothing"),
         ('{"inner": [{"m": 1}]}', "inner[0]: unknown field 'm'"),
         ('{"inner": [{"pair": [1]}]}', "inner[0].pair: found a list of another length, expected one of 2"),
+        ('{"inner": [{"share": 101}]}', "inner[0].share: expected a whole number, at most 100"),
         ("{}", "inner is missing"),
         ("[3]", "found a list, expected a mapping"),
         ("{", "Input data was truncated"),
