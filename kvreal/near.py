@@ -169,6 +169,11 @@ class Near:
             self.epoll.modify(line.sock.fileno(), select.EPOLLOUT)
         return taken
 
+    def greet(self, address: str) -> None:
+        """Call whoever is there before the first message needs it."""
+        if address not in self.lines:
+            self._call(address)
+
     def _call(self, address: str) -> Optional[Line]:
         if self.absent:
             until = self.absent.get(address)

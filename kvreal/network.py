@@ -95,6 +95,8 @@ class Network:
             socket.connect(address.control)
             header = self._encode(Header(self.run, self.address, self.life, name, address.life))
             self.peers[name] = (address, socket, header)
+            if self.near is not None:
+                self.near.greet(address.control)
 
     def data_endpoint(self, name: str) -> str:
         peer = self.peers.get(name)
