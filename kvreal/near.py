@@ -37,6 +37,22 @@ def _mine(sock: socket.socket) -> bool:
     return bool(user == os.geteuid())
 
 
+def _connected(address: str) -> Optional[socket.socket]:
+    """To a process of this user that listens by that name; None: there is none, or no connection to be had."""
+    try:
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+    except OSError:  # no more descriptors
+        return None
+    try:
+        sock.connect(_name(address))
+        if _mine(sock):
+            return sock
+    except OSError:
+        pass
+    sock.close()
+    return None
+
+
 class Garbled(Exception):
     """What came is not what this end writes."""
 
@@ -155,19 +171,20 @@ class Near:
     # ---- sending
     def send(self, address: str, parts: Sequence[bytes]) -> Optional[bool]:
         """None: nobody of that name is near. False: dropped, too much waits for it."""
-        line = self.lines.get(address) or self._call(address)
-        if line is None:
-            return None
-        try:
+        for _ in range(2):  # who has ended may have come back, or another in its place
+            line = self.lines.get(address) or self._call(address)
+            if line is None:
+                return None
             queued = bool(line.outgoing)
-            taken = line.write(parts)
-        except OSError:  # it has ended; another may have taken its place
-            self.forget(address)
-            again = self._call(address)
-            return None if again is None else again.write(parts)
-        if line.outgoing and not queued:
-            self.epoll.modify(line.sock.fileno(), select.EPOLLOUT)
-        return taken
+            try:
+                taken = line.write(parts)
+            except OSError:
+                self.forget(address)
+                continue
+            if line.outgoing and not queued:
+                self.epoll.modify(line.sock.fileno(), select.EPOLLOUT)
+            return taken
+        return None
 
     def greet(self, address: str) -> None:
         """Call whoever is there before the first message needs it."""
@@ -179,14 +196,8 @@ class Near:
             until = self.absent.get(address)
             if until is not None and time.monotonic() < until:
                 return None
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
-        try:
-            sock.connect(_name(address))
-            known = _mine(sock)
-        except OSError:
-            known = False
-        if not known:
-            sock.close()
+        sock = _connected(address)
+        if sock is None:
             self.absent[address] = time.monotonic() + AGAIN_S
             return None
         self.absent.pop(address, None)

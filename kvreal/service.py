@@ -28,6 +28,7 @@ from typing import (
     Deque,
     Dict,
     Final,
+    Iterator,
     List,
     Optional,
     Protocol,
@@ -298,24 +299,21 @@ class Service:
             self.failed.set_result(error)
 
     def _near_readable(self) -> None:
-        if not self.running:
-            return
-        for src, message in self.network.nearby():
-            self._give(m.Received(src, message))
-            if not self.running:
-                return
-        self._arm()
+        self._hear(self.network.nearby())
 
     def _readable(self) -> None:
         """The socket's descriptor tells of changes only: read until there is nothing more, a batch at a time."""
+        self._hear(self.network.arriving())
+        if self.running and self.network.more:
+            self._loop.call_soon(self._readable)
+
+    def _hear(self, messages: Iterator[Tuple[str, Wire]]) -> None:
         if not self.running:
             return
-        for src, message in self.network.arriving():
+        for src, message in messages:
             self._give(m.Received(src, message))
             if not self.running:
                 return
-        if self.network.more:
-            self._loop.call_soon(self._readable)
         self._arm()
 
     def _collect(self) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, List, Sequence, Tuple, final
 
-from kvcore.protocol.destination import Retention
 from kvcore.protocol.machine import CopyDone, CopyStopped, Effect, Send, StartCopy, WindowClosed
 from kvcore.protocol.messages import (
     Clear,
@@ -21,6 +20,7 @@ from kvcore.protocol.messages import (
     Rid,
     event_name,
 )
+from kvcore.protocol.reservation import Retention
 from kvcore.scenario.check_ghosts import ALIVE, EARLY, LAPSED, OVER, PinSeen
 from kvcore.scenario.check_loss import Scene, unmounts
 from kvcore.scenario.check_shadow import RetentionSeen

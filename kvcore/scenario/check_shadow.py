@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from typing import Dict, Final, List, Optional, Sequence, Tuple, final
 
-from kvcore.protocol.destination import Retention
 from kvcore.protocol.machine import Effect, Send
 from kvcore.protocol.messages import Delta, Inc, Key, Pid, Rid
 from kvcore.protocol.pool import Pool
+from kvcore.protocol.reservation import Retention
 from kvcore.protocol.worker import Worker
 
 SMALL: Final = 64

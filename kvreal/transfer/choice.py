@@ -2,7 +2,8 @@
 
 By what was measured, if a profile of this machine is at hand (``KVMOVE_PROFILE``, or ``kvmove.profile`` in an
 instance's file; ``kvmove calibrate`` writes one): the fastest for a copy of that size, and what nobody measured after
-it. Else in the order in which the transports stand. Handing over in the arena moves no byte and is always first.
+it. Else in the order in which the transports stand. What a transport shuns goes by another, where one can. Handing over
+in the arena moves no byte and is always first.
 """
 
 from __future__ import annotations

@@ -333,7 +333,7 @@ class Conformance:
     @both
     def test_a_frozen_peer_does_not_end_a_copy_but_an_abort_does(self, pair: Pair, read: bool) -> None:
         victim = pair.a if read else pair.b
-        victim.process.send_signal(signal.SIGSTOP)
+        victim.freeze()
         try:
             rid = pair.copy(read, [(0, 0)])
             mover = pair.mover(read)

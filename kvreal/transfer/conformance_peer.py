@@ -8,9 +8,11 @@ from __future__ import annotations
 import json
 import os
 import select
+import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import Any, Dict, Final, List, Optional
 
 LOCATION: Final = "LocalCPUBackend"
@@ -70,6 +72,15 @@ class Peer:
         found = self.ask("take", timeout_s=timeout_s + 5, wait_s=timeout_s)
         assert isinstance(found, list)
         return found
+
+    def freeze(self, timeout_s: float = 5.0) -> None:
+        """Stop it, and wait until all of its threads stand still; SIGCONT wakes them."""
+        self.process.send_signal(signal.SIGSTOP)
+        tasks = Path(f"/proc/{self.process.pid}/task")
+        until = time.monotonic() + timeout_s
+        while not all((one / "stat").read_text().rpartition(")")[2].split()[0] == "T" for one in tasks.iterdir()):
+            if time.monotonic() > until:
+                raise TimeoutError(f"{self.address} does not stop")
 
     def kill(self) -> None:
         self.process.kill()

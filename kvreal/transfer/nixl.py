@@ -144,9 +144,9 @@ class NixlCarrier(Carrier):
         return f"{_host()}{RDMA if 'rdma' in hardware() else ''}"
 
     def shuns(self, card: str, read: bool) -> str:
-        mine = self.card()
-        near = bool(_host()) and card.removesuffix(RDMA) == _host()
-        if not read or near or (card.endswith(RDMA) and mine.endswith(RDMA)):
+        if not read or (_host() and card.removesuffix(RDMA) == _host()):
+            return ""
+        if card.endswith(RDMA) and self.card().endswith(RDMA):
             return ""
         return "whose reads over TCP can take the source's process along when their destination dies"
 

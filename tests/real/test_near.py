@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import time
-from typing import Callable, Iterator, List
+from typing import Callable, Iterator, List, Sequence
 
 import pytest
 
@@ -78,6 +78,31 @@ def test_who_comes_back_is_reached_and_who_has_gone_is_not(made: Callable[[str],
     again = made(name)
     assert a.send(name, [b"3"]) is True
     assert arrives(again, 1) == [[b"3"]]
+
+
+def test_what_is_too_large_to_go_at_once_reaches_who_came_back(made: Callable[[str], Near]) -> None:
+    """Its rest waits for room on the new line as on any other."""
+    name = at("b")
+    a, b = made(at("a")), made(name)
+    assert a.send(name, [b"1"])
+    b.close()
+    again = made(name)
+    large = os.urandom(3 << 20)
+    assert a.send(name, [large]) is True
+    assert arrives(again, 1, other=a) == [[large]]
+
+
+def test_who_ends_as_often_as_it_is_called_is_not_near(
+    made: Callable[[str], Near], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = at("b")
+    a, _ = made(at("a")), made(name)
+
+    def ended(line: near.Line, parts: Sequence[bytes]) -> bool:
+        raise BrokenPipeError
+
+    monkeypatch.setattr(near.Line, "write", ended)
+    assert a.send(name, [b"1"]) is None and not a.lines
 
 
 def test_an_end_is_seen_without_a_send(made: Callable[[str], Near]) -> None:
